@@ -1,0 +1,44 @@
+"""Stage 1: the language model learns to see, from pictures with captions.
+
+python 1-pretrain_vlm.py --demo                        # the embedded demo, minutes on a laptop
+python 1-pretrain_vlm.py                               # 512+8 (27M): out/512_llm.pth -> out/512_vlm_pretrain.pth
+python 1-pretrain_vlm.py --dim 768 --n_layers 16       # 768+16 (109M)
+torchrun --nproc_per_node 2 1-pretrain_vlm.py          # two GPUs
+"""
+
+import argparse
+from pathlib import Path
+
+from dataset import demo
+from model.checkpoint import weights_name
+from model.trainer import DEMO_MODEL, add_switch, add_training_arguments, parse_with_demo, run_script, train
+
+DEMO = {
+    **DEMO_MODEL,
+    "from_weights": "model/demo/192_llm.pth",
+    "data_path": "dataset/demo_world/pretrain.json",
+    "cache_features": True,
+    "epochs": 1,
+    "batch_size": 32,
+    "learning_rate": 1e-3,
+    "warmup_iters": 20,
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_training_arguments(parser, 4e-4, "dataset/pretrain_vlm_data.json", "dataset/pretrain_images")
+    add_switch(parser, "--from_scratch", help="start from a random language model instead of a trained one")
+    args = parse_with_demo(parser, DEMO)
+    if args.demo:
+        demo.build(Path(args.data_path).parent)
+    args.wandb_run_name = args.wandb_run_name or (
+        f"MiniMind-V Pretrain-Epoch-{args.epochs}-BatchSize-{args.batch_size}-LearningRate-{args.learning_rate}"
+    )
+    out = Path(args.out_dir)
+    weights = None if args.from_scratch else args.from_weights or out / weights_name(args, "llm")
+    train(args, "pretrain", weights, out / weights_name(args, "vlm_pretrain"), allow_missing_projector=True)
+
+
+if __name__ == "__main__":
+    run_script(main)

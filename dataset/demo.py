@@ -1,0 +1,429 @@
+"""The demo's picture world: coloured shapes on light backgrounds, drawn from a seed, with captions and questions in Chinese.
+
+    python -m dataset.demo                       # into dataset/demo_world, as `--demo` does by itself when it is missing
+    python -m dataset.demo --eval_pictures       # the pictures of dataset/eval_images and dataset/eval_multi_images again
+
+A scene is one to three things; each has a place, a size, a colour and a shape. A scene belongs to exactly one split, decided
+by its content, so that no held-out scene has a twin in training: "unseen" if any thing has one of the eight shape-colour
+pairs that training never shows, else "heldout" for one scene in ten, else "train". The demo's CLIP, its language model and
+the picture stages all keep to this split.
+
+The files written are of the real formats (dataset/README.md): `pretrain.json`, `sft.json`, `sft_multi.json`, with
+`images/*.jpg`, and the questions to score, whose records carry a `kind`: `score_heldout.json`, `score_unseen.json` and
+`score_multi.json`.
+"""
+
+import argparse
+import json
+import random
+import sys
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw
+
+COLOURS = {
+    "红色": (222, 45, 45),
+    "橙色": (245, 140, 25),
+    "黄色": (245, 215, 35),
+    "绿色": (45, 165, 70),
+    "青色": (70, 205, 215),
+    "蓝色": (40, 80, 210),
+    "紫色": (140, 60, 185),
+    "黑色": (35, 35, 40),
+}
+SHAPES = ["圆形", "方形", "三角形", "星形", "十字形", "圆环"]
+SIZES = {"大": 40, "小": 25}  # radius in pixels
+PLACES = {"左上角": (48, 48), "右上角": (176, 48), "中间": (112, 112), "左下角": (48, 176), "右下角": (176, 176)}
+NUMBERS = ["零", "一", "两", "三", "四", "五"]
+BACKGROUNDS = [(250, 250, 250), (222, 226, 230), (246, 236, 214), (220, 234, 246)]
+UNSEEN_PAIRS = {(colour, SHAPES[i % len(SHAPES)]) for i, colour in enumerate(COLOURS)}
+PICTURE = 224  # pixels on a side
+
+
+class Thing(NamedTuple):
+    """One shape of a scene, in the words that describe it."""
+
+    place: str
+    size: str
+    colour: str
+    shape: str
+
+
+# --- scenes ---------------------------------------------------------------------------------------------------------
+
+
+def split_of(scene):
+    """The split a scene (a tuple of things) belongs to: "train", "heldout" or "unseen"."""
+    if any((thing.colour, thing.shape) in UNSEEN_PAIRS for thing in scene):
+        return "unseen"
+    return "heldout" if zlib.crc32(repr(sorted(scene)).encode()) % 10 == 0 else "train"
+
+
+def random_thing(rng, place, split):
+    """A thing at `place`; its pair of colour and shape is one that training shows, unless the split is "unseen"."""
+    while True:
+        thing = Thing(place, rng.choice(list(SIZES)), rng.choice(list(COLOURS)), rng.choice(SHAPES))
+        if split == "unseen" or (thing.colour, thing.shape) not in UNSEEN_PAIRS:
+            return thing
+
+
+def random_scene(rng, split="train", counts=(1, 2, 2, 3, 3)):
+    """Some things (one of `counts`) in different places, in reading order, as a tuple."""
+    while True:
+        places = rng.sample(list(PLACES), rng.choice(counts))
+        scene = tuple(random_thing(rng, place, split) for place in sorted(places, key=list(PLACES).index))
+        if split_of(scene) == split:
+            return scene
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def outline(shape, radius):
+    """Corners of a shape around (0, 0) as complex numbers, x + yj; None for the two that are not polygons."""
+    up = -1j * radius
+    if shape == "方形":
+        side = radius * 0.84
+        return [side * corner for corner in (-1 - 1j, 1 - 1j, 1 + 1j, -1 + 1j)]
+    if shape == "三角形":
+        return [up * 1.08 * turn(k / 3) + 0.2j * radius for k in range(3)]
+    if shape == "星形":
+        return [up * (1.1 if k % 2 == 0 else 0.45) * turn(k / 10) for k in range(10)]
+    if shape == "十字形":
+        arm, end = radius * 0.32, radius
+        corner = [-arm - end * 1j, arm - end * 1j, arm - arm * 1j]
+        return [point * turn(k / 4) for k in range(4) for point in corner]
+    return None
+
+
+def turn(fraction):
+    """The complex number that turns a point by this fraction of a circle."""
+    return 1j ** (4 * fraction)
+
+
+def draw_thing(picture, thing, rng):
+    """Draws a thing onto the picture, a little off its place, tilted and tinted, with smooth edges."""
+    radius = SIZES[thing.size] + rng.randint(-2, 2)
+    scale, half = 3, radius + 6  # drawn three times larger in a tile of its own, then scaled down
+    tile = Image.new("L", (2 * half * scale,) * 2)
+    pen, centre = ImageDraw.Draw(tile), half * scale
+    points = outline(thing.shape, radius * scale)
+    if points:
+        tilt = turn(rng.uniform(-0.03, 0.03))
+        pen.polygon([(centre + (p * tilt).real, centre + (p * tilt).imag) for p in points], fill=255)
+    else:
+        for r, fill in ((radius, 255), (radius * 0.58, 0))[: 2 if thing.shape == "圆环" else 1]:
+            pen.ellipse([centre - r * scale, centre - r * scale, centre + r * scale, centre + r * scale], fill=fill)
+    tile = tile.reduce(scale)
+    colour = tuple(min(255, max(0, channel + rng.randint(-10, 10))) for channel in COLOURS[thing.colour])
+    x, y = (coordinate + rng.randint(-4, 4) for coordinate in PLACES[thing.place])
+    picture.paste(colour, (x - half, y - half), tile)
+
+
+def draw(scene, rng):
+    """A scene as a 224x224 RGB picture; `rng` decides what its words leave open."""
+    background = [channel - rng.randint(0, 10) for channel in rng.choice(BACKGROUNDS)]
+    shade = rng.randint(-14, 14)  # from one side to the other
+    corners = [tuple(min(255, c + (shade if dark else 0)) for c in background) for dark in (0, 1)]
+    picture = Image.new("RGB", (2, 2), corners[0])
+    picture.paste(corners[1], (1, 0, 2, 2) if rng.random() < 0.5 else (0, 1, 2, 2))
+    picture = picture.resize((PICTURE, PICTURE), Image.Resampling.BILINEAR)
+    for thing in scene:
+        draw_thing(picture, thing, rng)
+    return picture
+
+
+# --- captions -------------------------------------------------------------------------------------------------------
+
+CAPTION_PROMPTS = ["描述这张图片。", "图中有什么？", "请说明画面内容。", "看图说话。"]
+THING_STYLES = [
+    "{place}有一个{size}的{colour}{shape}",
+    "{place}是一个{size}的{colour}{shape}",
+    "一个{size}的{colour}{shape}在{place}",
+    "{size}的{colour}{shape}位于{place}",
+]
+
+
+def caption(scene, rng):
+    """The whole scene in one sentence, things in any order."""
+    style = rng.choice(THING_STYLES)
+    things = rng.sample(scene, len(scene))
+    return rng.choice(["", "", "图中", "画面里"]) + "，".join(style.format(**t._asdict()) for t in things) + "。"
+
+
+def notes(scene, rng):
+    """The scene in words, in one of many forms: what the language model reads in place of a picture."""
+    form = rng.choice(["caption", "list", "words", "words", "places"])
+    if form == "caption":
+        return caption(scene, rng)
+    if form == "list":
+        things = rng.sample(scene, len(scene))
+        return "；".join(f"{t.place}：{t.size}{t.colour}{t.shape}" for t in things) + "。"
+    if form == "words":  # the words of each thing in an order of their own, the same for all or not
+        order = rng.sample(range(4), 4)
+        same = rng.random() < 0.5
+        things = rng.sample(scene, len(scene))
+        return "；".join("".join(t[i] for i in (order if same else rng.sample(order, 4))) for t in things) + "。"
+    at = {t.place: f"{t.size}{t.colour}{t.shape}" for t in scene}
+    return "；".join(f"{place}：{at.get(place, '空')}" for place in rng.sample(list(PLACES), len(PLACES))) + "。"
+
+
+# --- questions about one picture ------------------------------------------------------------------------------------
+
+
+def only(scene, **wanted):
+    """The things of a scene with the wanted words."""
+    return [t for t in scene if all(getattr(t, name) == word for name, word in wanted.items())]
+
+
+def ask_colour(scene, rng):
+    thing = rng.choice(scene)
+    subjects = [f"{thing.place}的图形"] + [f"{thing.shape}"] * (len(only(scene, shape=thing.shape)) == 1)
+    return rng.choice(["{}是什么颜色？", "{}的颜色是什么？"]).format(rng.choice(subjects)), thing.colour
+
+
+def ask_shape(scene, rng):
+    thing = rng.choice(scene)
+    subjects = [f"{thing.place}的图形"] + [f"{thing.colour}的图形"] * (len(only(scene, colour=thing.colour)) == 1)
+    return rng.choice(["{}是什么形状？", "{}的形状是什么？"]).format(rng.choice(subjects)), thing.shape
+
+
+def ask_size(scene, rng):
+    thing = rng.choice(scene)
+    subjects = [f"{thing.place}的图形"] + [f"{thing.shape}"] * (len(only(scene, shape=thing.shape)) == 1)
+    return rng.choice(["{}是大的还是小的？", "{}有多大？"]).format(rng.choice(subjects)), f"{thing.size}的"
+
+
+def ask_where(scene, rng):
+    thing = rng.choice(scene)
+    subjects = [f"{thing.colour}{thing.shape}"] * (len(only(scene, colour=thing.colour, shape=thing.shape)) == 1)
+    subjects += [thing.shape] * (len(only(scene, shape=thing.shape)) == 1)
+    subjects += [f"{thing.colour}的图形"] * (len(only(scene, colour=thing.colour)) == 1)
+    if not subjects:
+        return None
+    return rng.choice(["{}在哪里？", "{}在什么位置？"]).format(rng.choice(subjects)), f"在{thing.place}"
+
+
+def ask_count(scene, rng):
+    thing = rng.choice(scene)
+    subject, found = rng.choice(
+        [
+            ("图形", scene),
+            (f"{thing.size}的图形", only(scene, size=thing.size)),
+            (f"{thing.colour}的图形", only(scene, colour=thing.colour)),
+        ]
+    )
+    return rng.choice(["有几个{}？", "图中一共有多少个{}？"]).format(subject), f"{NUMBERS[len(found)]}个"
+
+
+def ask_exist(scene, rng):
+    """As often yes as no; what is not there differs by one word from something that is."""
+    thing, wanted = rng.choice(scene), rng.random() < 0.5
+    while True:
+        colour, shape = thing.colour, thing.shape
+        if not wanted:
+            colour, shape = rng.choice([(rng.choice(list(COLOURS)), shape), (colour, rng.choice(SHAPES))])
+        subject, found = rng.choice(
+            [
+                (f"{colour}{shape}", only(scene, colour=colour, shape=shape)),
+                (f"{colour}的图形", only(scene, colour=colour)),
+                (shape, only(scene, shape=shape)),
+            ]
+        )
+        if bool(found) == wanted:
+            break
+    return rng.choice(["有{}吗？", "图中有没有{}？"]).format(subject), "有" if found else "没有"
+
+
+QUESTIONS = {
+    "colour": ask_colour,
+    "shape": ask_shape,
+    "size": ask_size,
+    "where": ask_where,
+    "count": ask_count,
+    "exist": ask_exist,
+}
+
+
+def question(scene, rng, kind):
+    """A question of this kind and its answer, or None where the scene has nothing to ask so."""
+    return QUESTIONS[kind](scene, rng)
+
+
+def questions(scene, rng, count):
+    """`count` different questions with their answers, of random kinds."""
+    asked = {}
+    while len(asked) < count:
+        pair = question(scene, rng, rng.choice(list(QUESTIONS)))
+        if pair:
+            asked.setdefault(*pair)
+    return list(asked.items())
+
+
+# --- two pictures ---------------------------------------------------------------------------------------------------
+
+
+def edit(scene, rng):
+    """Changes one thing of a scene: (the other scene, the instruction, the question kind)."""
+    i = rng.randrange(len(scene))
+    thing = scene[i]
+    kind = rng.choice(["recolour", "reshape", "resize", "move", "remove", "add"])
+    rest = scene[:i] + scene[i + 1 :]
+    free = [place for place in PLACES if not only(scene, place=place)]
+    if kind == "recolour":
+        new = thing._replace(colour=rng.choice([c for c in COLOURS if c != thing.colour]))
+        return (*rest, new), f"把{thing.place}的图形变成{new.colour}", kind
+    if kind == "reshape":
+        new = thing._replace(shape=rng.choice([s for s in SHAPES if s != thing.shape]))
+        return (*rest, new), f"把{thing.place}的图形变成{new.shape}", kind
+    if kind == "resize":
+        new = thing._replace(size="小" if thing.size == "大" else "大")
+        return (*rest, new), f"把{thing.place}的图形变成{new.size}的", kind
+    if kind == "move":
+        new = thing._replace(place=rng.choice(free))
+        return (*rest, new), f"把{thing.place}的图形移到{new.place}", kind
+    if kind == "remove":
+        return rest, f"去掉{thing.place}的图形", kind
+    new = random_thing(rng, rng.choice(free), "train")
+    return (*scene, new), f"在{new.place}加一个{new.size}的{new.colour}{new.shape}", kind
+
+
+def scene_pair(rng, split="train"):
+    """(a scene, an edited scene of the same split, the instruction that leads from one to the other, its kind)."""
+    while True:
+        before = random_scene(rng, split)
+        after, instruction, kind = edit(before, rng)
+        after = tuple(sorted(after, key=lambda thing: list(PLACES).index(thing.place)))
+        if after and split_of(after) == split:
+            return before, after, instruction, kind
+
+
+PAIR_PROMPTS = ["怎样把第一张图变成第二张图？", "两张图有什么不同？"]
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def record(images, turns, **extra):
+    """One record of the published JSON formats; turns are (question, answer) pairs, images their file names."""
+    conversations = []
+    for asked, answer in turns:
+        conversations += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    return {**extra, "image": ", ".join(images), "conversations": conversations}
+
+
+class World:
+    """Draws pictures into `folder`/images and collects their records."""
+
+    def __init__(self, folder, seed):
+        self.folder = Path(folder)
+        self.rng = random.Random(seed)
+        (self.folder / "images").mkdir(parents=True, exist_ok=True)
+
+    def picture(self, scene, name):
+        draw(scene, self.rng).save(self.folder / "images" / name, quality=92)
+        return name
+
+    def write(self, name, records):
+        with open(self.folder / name, "w", encoding="utf-8") as f:
+            json.dump(records, f, ensure_ascii=False, indent=1)
+
+    def captions_and_questions(self, pictures, turns):
+        """The training files for one picture at a time: every picture has a caption, and a conversation of `turns`."""
+        captions, talks = [], []
+        for i in range(pictures):
+            scene = random_scene(self.rng)
+            name = self.picture(scene, f"train_{i:05d}.jpg")
+            prompt = self.rng.choice(CAPTION_PROMPTS)
+            prompt = self.rng.choice([f"{prompt}\n<image>", f"<image>\n{prompt}"])
+            captions.append(record([name], [(prompt, caption(scene, self.rng))]))
+            asked = questions(scene, self.rng, turns)
+            asked[0] = (f"<image>\n{asked[0][0]}", asked[0][1])
+            talks.append(record([name], asked))
+        self.write("pretrain.json", captions)
+        self.write("sft.json", talks)
+
+    def pairs(self, name, prefix, count, split):
+        """Two pictures and what leads from the first to the second."""
+        records = []
+        for i in range(count):
+            before, after, instruction, kind = scene_pair(self.rng, split)
+            names = [self.picture(s, f"{prefix}_{i:05d}_{k}.png") for k, s in enumerate((before, after))]
+            asked = f"<image>\n<image>\n{self.rng.choice(PAIR_PROMPTS)}"
+            records.append(record(names, [(asked, instruction)], kind=kind))
+        self.write(name, records)
+
+    def score(self, name, prefix, pictures, split):
+        """One question of every kind about each picture."""
+        records = []
+        for i in range(pictures):
+            scene = random_scene(self.rng, split)
+            picture = self.picture(scene, f"{prefix}_{i:05d}.jpg")
+            for kind in QUESTIONS:
+                pair = question(scene, self.rng, kind)
+                if pair:
+                    records.append(record([picture], [(f"<image>\n{pair[0]}", pair[1])], kind=kind))
+        self.write(name, records)
+
+
+def build(folder, pictures=6000, pairs=3000, held_out=200, turns=6, seed=0):
+    """Draws the whole world into `folder`; its last file says that it is complete, and makes a second call return at once."""
+    folder = Path(folder)
+    settings = {"pictures": pictures, "pairs": pairs, "held_out": held_out, "turns": turns, "seed": seed}
+    done = folder / "world.json"
+    if done.exists() and json.loads(done.read_text()) == settings:
+        return
+    world = World(folder, seed)
+    print(f"drawing the demo's picture world into {folder} ...", file=sys.stderr, flush=True)
+    world.captions_and_questions(pictures, turns)
+    world.pairs("sft_multi.json", "pair", pairs, "train")
+    world.score("score_heldout.json", "heldout", held_out, "heldout")
+    world.score("score_unseen.json", "unseen", held_out, "unseen")
+    world.pairs("score_multi.json", "heldout_pair", held_out, "heldout")
+    done.write_text(json.dumps(settings))
+
+
+def build_eval_pictures(folder, seed=1):
+    """The pictures that 3-eval_chat.py asks about: held out, and named by what is in them."""
+    rng, folder = random.Random(seed), Path(folder)
+
+    def save(scene, place):
+        place.mkdir(parents=True, exist_ok=True)
+        name = "_".join("".join(thing) for thing in scene) + ".png"
+        draw(scene, rng).save(place / name, optimize=True)
+        return name
+
+    def write(asked, place):
+        (place / "questions.json").write_text(json.dumps(asked, ensure_ascii=False, indent=1), encoding="utf-8")
+
+    asked = []
+    for split in ["heldout"] * 5 + ["unseen"] * 2:
+        scene = random_scene(rng, split)
+        name = save(scene, folder / "eval_images")
+        asked += [([name], f"<image>\n{text}") for text in (CAPTION_PROMPTS[0], questions(scene, rng, 1)[0][0])]
+    write(asked, folder / "eval_images")
+
+    asked = []
+    for _ in range(5):
+        before, after, _, _ = scene_pair(rng, "heldout")
+        names = [save(scene, folder / "eval_multi_images") for scene in (before, after)]
+        asked.append((names, f"<image>\n<image>\n{PAIR_PROMPTS[0]}"))
+    write(asked, folder / "eval_multi_images")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", nargs="?", default="dataset/demo_world")
+    parser.add_argument("--pictures", type=int, default=6000, help="training pictures (default %(default)s)")
+    parser.add_argument("--pairs", type=int, default=3000, help="training pairs of pictures (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--eval_pictures", action="store_true", help="make only dataset/eval_images and eval_multi_images"
+    )
+    args = parser.parse_args()
+    if args.eval_pictures:
+        build_eval_pictures("dataset")
+        sys.exit()
+    build(args.folder, pictures=args.pictures, pairs=args.pairs, seed=args.seed)

@@ -1,0 +1,111 @@
+"""Every size, token id and switch of MiniMind-V, in one class."""
+
+from transformers import PretrainedConfig
+
+
+class BadInput(Exception):
+    """Something that the person at the keyboard can mend; the message says what and how, and scripts print it alone."""
+
+
+class LMConfig(PretrainedConfig):
+    """Configuration of `MiniMindLM` and `MiniMindVLM`; the defaults are the published 512+8 model (27M parameters).
+
+    dim, n_layers, n_heads, n_kv_heads: width D, depth, attention heads H and key/value heads K of the language model.
+    vocab_size: number of token ids; `pad_token_id` 0, `bos_token_id` 1 and `eos_token_id` 2 as in the published tokenizer.
+    hidden_dim: width of the SwiGLU feed-forward; None means int(2 * 4 * dim / 3) rounded up to `multiple_of`.
+    max_seq_len: the longest prompt plus answer, in tokens, images included.
+    rope_theta: base of the rotary embedding's frequencies.
+    dropout: applied to embeddings, attention and feed-forward outputs while training.
+    vision_width, image_tokens: width V and number P of the vectors one picture becomes (768 and 50 for CLIP ViT-B/32).
+    vision_bias: whether the projector has a bias (the published weights do, the design does not).
+    image_special_token, image_ids: the placeholder of one image as text and as token ids, both `image_tokens` long.
+        `image_char_ids` are the ids of `<` and `>` in the tokenizer, from which `image_ids` is built.
+    use_moe: replaces each feed-forward by `n_routed_experts` experts, of which each token uses `num_experts_per_tok`,
+        plus `n_shared_experts` that every token uses; `aux_loss_alpha` weighs the loss that spreads tokens over experts.
+    """
+
+    model_type = "minimind-v"
+    attribute_map = {
+        "hidden_size": "dim",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "num_key_value_heads": "n_kv_heads",
+        "max_position_embeddings": "max_seq_len",
+    }
+
+    def __init__(
+        self,
+        dim=512,
+        n_layers=8,
+        n_heads=16,
+        n_kv_heads=8,
+        vocab_size=6400,
+        hidden_dim=None,
+        multiple_of=64,
+        norm_eps=1e-5,
+        max_seq_len=512,
+        rope_theta=10000.0,
+        dropout=0.0,
+        vision_width=768,
+        image_tokens=50,
+        vision_bias=False,
+        image_char_ids=(30, 32),
+        use_moe=False,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        aux_loss_alpha=0.01,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=True,
+        **kwargs,
+    ):
+        if dim % n_heads or n_heads % n_kv_heads:
+            raise ValueError(
+                f"dim {dim}, n_heads {n_heads}, n_kv_heads {n_kv_heads}: dim must be a multiple of n_heads, "
+                "and n_heads of n_kv_heads"
+            )
+        self.dim = dim
+        self.n_layers = n_layers
+        self.n_heads = n_heads
+        self.n_kv_heads = n_kv_heads
+        self.vocab_size = vocab_size
+        self.multiple_of = multiple_of
+        self.hidden_dim = hidden_dim or -(-int(2 * 4 * dim / 3) // multiple_of) * multiple_of
+        self.norm_eps = norm_eps
+        self.max_seq_len = max_seq_len
+        self.rope_theta = rope_theta
+        self.dropout = dropout
+        self.vision_width = vision_width
+        self.image_tokens = image_tokens
+        self.vision_bias = vision_bias
+        self.image_char_ids = list(image_char_ids)
+        self.use_moe = use_moe
+        self.n_routed_experts = n_routed_experts
+        self.num_experts_per_tok = num_experts_per_tok
+        self.n_shared_experts = n_shared_experts
+        self.aux_loss_alpha = aux_loss_alpha
+        super().__init__(
+            pad_token_id=pad_token_id,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            **kwargs,
+        )
+
+    @property
+    def head_dim(self):
+        return self.dim // self.n_heads
+
+    def _placeholder(self, left, right):
+        """Half of the placeholder's places filled with `left`, the rest with `right`."""
+        return [left] * (self.image_tokens // 2) + [right] * (self.image_tokens - self.image_tokens // 2)
+
+    @property
+    def image_special_token(self):
+        return "".join(self._placeholder("<", ">"))
+
+    @property
+    def image_ids(self):
+        return self._placeholder(*self.image_char_ids)

@@ -1,0 +1,303 @@
+"""The MiniMind language model: RMSNorm, rotary embedding, grouped-query attention with a KV cache, SwiGLU, experts.
+
+Shapes: B batch, T new tokens, S all tokens (cached and new), D model width, H heads, K key/value heads,
+C = D / H width of a head, E routed experts.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from model.LMConfig import LMConfig
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, computed in float32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
+
+
+def rotary_angles(position_ids, head_dim, theta):
+    """(B, T) positions -> cos and sin, each (B, 1, T, C/2): the angle by which pair k of a head is turned.
+
+    Computed for each call rather than kept as a table: there is no buffer to rebuild after loading, and no limit of length.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
+    angles = position_ids[:, None, :, None].float() * theta**-exponents
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turns each pair (2k, 2k+1) of the last dimension of x (B, heads, T, C) by its angle (Su et al. 2021), in float32."""
+    even, odd = x[..., 0::2].float(), x[..., 1::2].float()
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+
+
+class Attention(nn.Module):
+    """Causal self-attention in which H query heads share K key/value heads (Ainslie et al. 2023)."""
+
+    def __init__(self, config: LMConfig, layer_idx):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.dropout = config.dropout
+        self.wq = nn.Linear(config.dim, config.n_heads * self.head_dim, bias=False)
+        self.wk = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias=False)
+        self.wv = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias=False)
+        self.wo = nn.Linear(config.n_heads * self.head_dim, config.dim, bias=False)
+
+    def forward(self, x, rotary, mask, past_key_values):
+        """x (B, T, D); mask (B, 1, T, S), True where a query may look, or None for plain causal attention."""
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None and q.shape[2] > 1,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )  # (B, H, T, C)
+        return F.dropout(self.wo(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x) (Shazeer 2020)."""
+
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        self.dropout = config.dropout
+        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)  # gate
+        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)  # down
+        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)  # up
+
+    def forward(self, x):
+        return F.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)), self.dropout, self.training)
+
+
+class ExpertGate(nn.Module):
+    """Chooses the experts of each token: softmax over E scores, the best k, their weights rescaled to sum 1."""
+
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.dim))
+
+    def forward(self, x):
+        """x (B, T, D) -> weights (B, T, k), expert numbers (B, T, k), all scores (B, T, E); the scores in float32."""
+        with torch.autocast(x.device.type, enabled=False):  # a choice between experts should not hang on rounding
+            scores = F.linear(x.float(), self.weight.float()).softmax(dim=-1)
+        weights, experts = scores.topk(self.top_k, dim=-1)
+        return weights / weights.sum(dim=-1, keepdim=True), experts, scores
+
+
+class MoEFeedForward(nn.Module):
+    """Several feed-forwards; each token goes through the ones its gate chose and through the shared one."""
+
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        self.alpha = config.aux_loss_alpha
+        self.gate = ExpertGate(config)
+        self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_routed_experts))
+        # every shared expert is one feed-forward; the published models have exactly one, stored without a number
+        self.shared_experts = FeedForward(config) if config.n_shared_experts else None
+
+    def forward(self, x):
+        """x (B, T, D) -> (output (B, T, D), chosen experts (B, T, k), scores (B, T, E))."""
+        weights, chosen, scores = self.gate(x)
+        tokens = x.flatten(0, 1)  # (B*T, D)
+        weights, flat_chosen = weights.flatten(0, 1).type_as(x), chosen.flatten(0, 1)
+        y = torch.zeros_like(tokens) if self.shared_experts is None else self.shared_experts(tokens)
+        for number, expert in enumerate(self.experts):
+            rows, slot = torch.where(flat_chosen == number)
+            y = y.index_add(0, rows, (expert(tokens[rows]) * weights[rows, slot, None]).type_as(y))
+        return y.view_as(x), chosen, scores
+
+    def balance_loss(self, chosen, scores, token_mask):
+        """How unevenly each sequence uses the experts: (B,), times alpha; 1 * alpha when perfectly even.
+
+        For every sequence, sum over experts of (share of choices * E) * (mean score), over the tokens of
+        `token_mask` (B, T) (DeepSeekMoE's sequence-wise balance loss, as in the published code).
+        """
+        mask = token_mask[..., None].float()
+        count = mask.sum(dim=1).clamp_min(1)  # (B, 1)
+        picked = F.one_hot(chosen, scores.shape[-1]).sum(dim=2) * mask  # (B, T, E)
+        share = picked.sum(dim=1) / (count * chosen.shape[-1]) * scores.shape[-1]
+        return (share * (scores * mask).sum(dim=1) / count).sum(dim=-1) * self.alpha
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: LMConfig, layer_idx):
+        super().__init__()
+        self.attention = Attention(config, layer_idx)
+        self.feed_forward = MoEFeedForward(config) if config.use_moe else FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(self, x, rotary, mask, past_key_values, token_mask):
+        """x (B, T, D) -> (x, balance loss (B,) or None); token_mask is given only where that loss is wanted."""
+        x = x + self.attention(self.attention_norm(x), rotary, mask, past_key_values)
+        if not isinstance(self.feed_forward, MoEFeedForward):
+            return x + self.feed_forward(self.ffn_norm(x)), None
+        y, chosen, scores = self.feed_forward(self.ffn_norm(x))
+        loss = None if token_mask is None else self.feed_forward.balance_loss(chosen, scores, token_mask)
+        return x + y, loss
+
+
+class MiniMindLM(PreTrainedModel, GenerationMixin):
+    """The language model. Its state dict has exactly the published keys; `output` and `tok_embeddings` are one tensor."""
+
+    config_class = LMConfig
+    _tied_weights_keys = {"output.weight": "tok_embeddings.weight"}
+    _supports_sdpa = True
+
+    def __init__(self, config: LMConfig):
+        super().__init__(config)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.tok_embeddings
+
+    def set_input_embeddings(self, value):
+        self.tok_embeddings = value
+
+    def get_output_embeddings(self):
+        return self.output
+
+    def set_output_embeddings(self, value):
+        self.output = value
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """Normal with std 0.02; the two matrices that write to the residual stream are scaled down by depth (GPT-2).
+
+        transformers' `init` functions leave tensors alone that were loaded from a file.
+        """
+        from transformers import initialization as init
+
+        if isinstance(module, (nn.Linear, nn.Embedding, ExpertGate)):
+            init.normal_(module.weight, std=0.02)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, (Attention, FeedForward)):
+            out = module.wo if isinstance(module, Attention) else module.w2
+            init.normal_(out.weight, std=0.02 / (2 * self.config.n_layers) ** 0.5)
+
+    def embed(self, input_ids, image_features=None):
+        """input_ids (B, T) -> what enters the first layer (B, T, D). The vision model overrides this, and only this."""
+        if image_features is not None:
+            raise ValueError("MiniMindLM reads text only; use MiniMindVLM for image_features")
+        return self.tok_embeddings(input_ids)
+
+    def forward(
+        self,
+        input_ids,
+        image_features=None,
+        labels=None,
+        attention_mask=None,
+        past_key_values=None,
+        use_cache=False,
+        position_ids=None,
+        logits_to_keep=0,
+        num_items_in_batch=None,
+        **kwargs,
+    ):
+        """Predicts the next token at every position.
+
+        input_ids (B, T): token ids; with a cache, only the new ones.
+        image_features (N, P, V): for `MiniMindVLM`, the batch's pictures in reading order.
+        labels (B, T): aligned with input_ids, shifted here; -100 is ignored.
+        attention_mask (B, S): 1 for real tokens, 0 for padding, S counting cached tokens too. Padding on the right needs none.
+        past_key_values: a transformers cache, filled in place; `use_cache=True` makes a new one where none is given.
+        logits_to_keep: how many of the last positions get logits; 0 for all.
+        num_items_in_batch: what the summed loss is divided by; the number of labels that count, if not given.
+
+        Returns `loss`, `logits`, `past_key_values`. `loss` is the mean cross-entropy plus, while training experts, their
+        balance loss. While training with labels, `logits` holds only the rows that a label needs (L, vocab_size), in
+        reading order; otherwise it is (B, T, vocab_size).
+        """
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        start = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            position_ids = positions(attention_mask, start, input_ids)
+        rotary = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
+        mask = attention_pattern(attention_mask, start, input_ids, past_key_values)
+        # padding is id 0 (<unk>), which a byte-level tokenizer never produces from text
+        wants_balance = self.config.use_moe and self.training and labels is not None
+        token_mask = input_ids != self.config.pad_token_id if wants_balance else None
+
+        x = F.dropout(self.embed(input_ids, image_features), self.config.dropout, self.training)
+        balance = 0.0  # (B,)
+        for layer in self.layers:
+            x, layer_balance = layer(x, rotary, mask, past_key_values, token_mask)
+            if layer_balance is not None:
+                balance = balance + layer_balance
+        x = self.norm(x)
+
+        if labels is None or not self.training:
+            logits = self.output(x[:, -logits_to_keep:])
+            loss = None
+            if labels is not None:
+                loss = mean_loss(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), num_items_in_batch)
+            return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+        counted = labels[:, 1:] != -100  # (B, T-1)
+        logits = self.output(x[:, :-1][counted])  # (L, vocab_size)
+        loss = mean_loss(logits, labels[:, 1:][counted], num_items_in_batch)
+        if wants_balance:
+            # a sequence weighs as much as its labels, so that splitting a batch changes nothing
+            divisor = counted.sum() if num_items_in_batch is None else num_items_in_batch
+            loss = loss + (balance * counted.sum(dim=1)).sum() / divisor
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+
+def mean_loss(logits, targets, num_items):
+    """Cross-entropy of logits (L, vocab_size) against targets (L,), summed and divided by `num_items` or by its count."""
+    if num_items is None:
+        return F.cross_entropy(logits.float(), targets, ignore_index=-100)
+    return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum") / num_items
+
+
+def positions(attention_mask, start, input_ids):
+    """(B, T) place of each new token in its own sequence; padding on the left does not count."""
+    length = input_ids.shape[1]
+    if attention_mask is None:
+        return torch.arange(length, device=input_ids.device)[None] + start
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp_min(0)[:, -length:]
+
+
+def attention_pattern(attention_mask, start, input_ids, past_key_values):
+    """(B or 1, 1, T, S) bool, True where the query of a row may look at the key of a column; None for plain causal."""
+    length = input_ids.shape[1]
+    width = (
+        length if past_key_values is None else past_key_values.get_mask_sizes(length, 0)[0]
+    )  # a fixed cache is wider
+    if attention_mask is None and width == start + length and (start == 0 or length == 1):
+        return None
+    queries = torch.arange(length, device=input_ids.device)[:, None] + start
+    pattern = torch.arange(width, device=input_ids.device)[None] <= queries  # (T, S)
+    if attention_mask is None:
+        return pattern[None, None]
+    real = F.pad(attention_mask.bool(), (0, width - attention_mask.shape[1]), value=False)[:, None]  # (B, 1, S)
+    itself = torch.arange(width, device=input_ids.device)[None] == queries  # a padded query must look somewhere
+    return (pattern & (real | itself))[:, None]

@@ -1,0 +1,72 @@
+"""How the language model sees: one linear map from CLIP's vectors into its embedding space, written over the placeholder.
+
+Shapes: B batch, T tokens, N images in the batch, P tokens per image, V vision width, D model width.
+"""
+
+import torch
+from torch import nn
+
+from model.LMConfig import LMConfig
+from model.model import MiniMindLM
+
+
+class VisionProj(nn.Module):
+    """A dictionary between two languages: (N, P, V) vectors of CLIP -> (N, P, D) embeddings of the language model."""
+
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        self.vision_proj = nn.Sequential(nn.Linear(config.vision_width, config.dim, bias=config.vision_bias))
+
+    def forward(self, image_features):
+        return self.vision_proj(image_features)
+
+
+class MiniMindVLM(MiniMindLM):
+    """`MiniMindLM` with eyes. `image_features` (N, P, V) stand in the order in which the placeholders are read."""
+
+    def __init__(self, config: LMConfig):
+        super().__init__(config)
+        self.vision_proj = VisionProj(config)
+        self.post_init()
+
+    def embed(self, input_ids, image_features=None):
+        """Embeddings (B, T, D) of the tokens, with each placeholder's P positions overwritten by its projected picture.
+
+        Raises ValueError when the number of pictures differs from the number of placeholders. On a GPU the comparison
+        would make the host wait, so while training there it is left to the dataset, which has made it already.
+        """
+        embeddings = self.tok_embeddings(input_ids)
+        starts = find_placeholders(input_ids, self.config.image_ids)  # (B, T)
+        images = 0 if image_features is None else len(image_features)
+        if not (self.training and input_ids.is_cuda) and starts.sum() != images:
+            raise ValueError(f"{images} images were given, but the text has {int(starts.sum())} image placeholders")
+        if not images:
+            return embeddings
+        places = cover(starts, self.config.image_tokens)  # (B, T)
+        projected = self.vision_proj(image_features).to(embeddings.dtype)  # (N, P, D)
+        return embeddings.masked_scatter(places[..., None], projected)
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, image_features=None, **kwargs):
+        """For transformers' `generate`: the pictures are needed once, with the prompt; later steps find them in the cache."""
+        inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+        if past_key_values is None or past_key_values.get_seq_length() == 0:
+            inputs["image_features"] = image_features
+        return inputs
+
+
+def find_placeholders(input_ids, image_ids):
+    """(B, T) bool, True where a whole placeholder begins."""
+    starts = torch.zeros_like(input_ids, dtype=torch.bool)
+    length, size = input_ids.shape[1], len(image_ids)
+    if length >= size:
+        pattern = torch.tensor(image_ids, device=input_ids.device)
+        starts[:, : length - size + 1] = (input_ids.unfold(1, size, 1) == pattern).all(dim=-1)
+    return starts
+
+
+def cover(starts, size):
+    """(B, T) bool, True at the `size` positions from each start on. Placeholders never overlap."""
+    begun = starts.long().cumsum(dim=1)
+    ended = torch.zeros_like(begun)
+    ended[:, size:] = begun[:, :-size]
+    return begun > ended

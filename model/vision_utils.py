@@ -1,0 +1,174 @@
+"""The frozen CLIP: pictures in, `(N, P, V)` features out; and a cache of features on disk.
+
+Shapes: N images, P tokens per image ((image_size / patch_size)^2 + 1 = 50), V vision width (768 for ViT-B/32).
+"""
+
+import hashlib
+import json
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image, ImageOps
+from transformers import CLIPVisionModel
+
+from model.LMConfig import BadInput
+
+PIXEL_MEAN = (
+    0.48145466,
+    0.4578275,
+    0.40821073,
+)  # of CLIP's training pictures, channel by channel, on a scale of 0 to 1
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def to_rgb(image):
+    """Any Pillow image as upright RGB: EXIF rotation applied, 16 bits scaled to 8, transparency laid on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def to_pixels(image, size):
+    """A Pillow image as uint8 (3, size, size): the whole picture, squeezed to a square (bicubic, as the published code)."""
+    pixels = np.asarray(to_rgb(image).resize((size, size), Image.Resampling.BICUBIC))
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def read_pixels(path, size):
+    """`to_pixels` of a file; BadInput names the file if it is missing or no picture."""
+    try:
+        with Image.open(path) as image:
+            return to_pixels(image, size)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadInput(
+            f"{path} could not be read as a picture ({error}): remove its record or replace the file"
+        ) from None
+
+
+class VisionEncoder:
+    """The vision half of a CLIP, frozen; calling it turns pixels (N, 3, S, S) into features (N, P, V).
+
+    image_size, image_tokens, vision_width: S, P and V, from the model's own config.
+    """
+
+    def __init__(self, model: CLIPVisionModel, device="cpu", dtype=torch.float32):
+        self.model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
+        self.device, self.dtype = torch.device(device), dtype
+        config = model.config
+        self.image_size = config.image_size
+        self.image_tokens = (config.image_size // config.patch_size) ** 2 + 1
+        self.vision_width = config.hidden_size
+        self.mean = torch.tensor(PIXEL_MEAN, device=device).view(3, 1, 1)
+        self.std = torch.tensor(PIXEL_STD, device=device).view(3, 1, 1)
+        self.captured = threading.local()  # one slot a thread, so that two callers at once don't mix their pictures
+        encoder = getattr(model, "vision_model", model).encoder
+        encoder.register_forward_hook(self._capture)
+
+    def _capture(self, module, inputs, output):
+        self.captured.features = output.last_hidden_state
+
+    def normalise(self, pixels):
+        """uint8 pixels (N, 3, S, S) -> what CLIP was trained on."""
+        return (pixels.to(self.device).float() / 255 - self.mean) / self.std
+
+    @torch.no_grad()
+    def __call__(self, pixels):
+        """uint8 pixels (N, 3, S, S) -> (N, P, V): the encoder's output for the class token and every patch.
+
+        Not CLIP's pooled vector: that is one summary of the picture, these still say what is where.
+        """
+        self.model(self.normalise(pixels).to(self.dtype))
+        return self.captured.features
+
+
+def load_vision(folder, device="cpu", dtype=torch.float32):
+    """Loads only the vision half of a CLIP folder in transformers format. BadInput if it is missing or incomplete."""
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise BadInput(
+            f"no CLIP in {folder}: download clip-vit-base-patch32 into it (see README, 'Train on the real data'), "
+            "name another folder with --vision_path, or try --demo"
+        )
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # a full CLIP also holds the text half, which is reported line by line
+    try:
+        model, info = CLIPVisionModel.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BadInput(f"the CLIP in {folder} could not be loaded: {str(error).splitlines()[0]}") from None
+    finally:
+        transformers.logging.set_verbosity(level)
+    missing = [key for key in info["missing_keys"] if "position_ids" not in key]
+    if missing:
+        raise BadInput(f"the CLIP in {folder} lacks {len(missing)} tensors, first {missing[0]}: download it again")
+    return VisionEncoder(model, device, dtype)
+
+
+# --- cached features ------------------------------------------------------------------------------------------------
+
+
+def cache_key(vision_path, image_paths):
+    """What a feature cache belongs to: the encoder's files and each picture's name, size and time of change."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(vision_path).glob("*")):
+        if file.suffix in (".safetensors", ".bin", ".json"):
+            digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
+    for path in image_paths:
+        try:
+            stat = os.stat(path)
+        except OSError:
+            raise BadInput(f"{path} not found: check --images_path") from None
+        digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+class FeatureCache:
+    """fp16 features of a list of pictures in one memory-mapped file, `features.npy`, (pictures, P, V).
+
+    `features.json` beside it is written last, with the key of `cache_key`: a file without it is half written, one with
+    another key is stale, and both are built again.
+    """
+
+    def __init__(self, folder, key):
+        self.file, self.note = Path(folder) / f"{key[:16]}.npy", Path(folder) / f"{key[:16]}.json"
+        self.key = key
+        self.array = None
+
+    def ready(self):
+        """Opens the cache if it is whole; False if it must be built."""
+        whole = self.note.exists() and self.file.exists()
+        if self.array is None and whole and json.loads(self.note.read_text()).get("key") == self.key:
+            self.array = np.load(self.file, mmap_mode="r")
+        return self.array is not None
+
+    def build(self, encoder, image_paths, loader, progress):
+        """Runs CLIP once over all pictures. `loader` yields uint8 pixels (N, 3, S, S) in the order of `image_paths`."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.file.with_suffix(f".{os.getpid()}.tmp")
+        shape = (len(image_paths), encoder.image_tokens, encoder.vision_width)
+        done = 0
+        try:
+            array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
+            for pixels in loader:
+                features = encoder(pixels).to(device="cpu", dtype=torch.float16).numpy()
+                array[done : done + len(features)] = features
+                done += len(features)
+                progress(len(features))
+            array.flush()
+            os.replace(partial, self.file)
+        finally:
+            partial.unlink(missing_ok=True)
+        self.note.write_text(json.dumps({"key": self.key, "pictures": len(image_paths)}))
+
+    def __getitem__(self, rows):
+        """Features (len(rows), P, V) as a float16 tensor."""
+        return torch.from_numpy(self.array[rows])

@@ -1,0 +1,238 @@
+"""Records to token ids, labels and batches: every decision of the data's way, with a test."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import golden
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from dataset import demo
+from model.checkpoint import tokenizer_fields
+from model.dataset import LengthBatches, VLMDataset, collate, encode, encode_conversations, parse_record
+from model.LMConfig import BadInput, LMConfig
+
+
+def byte_tokenizer(texts, vocab_size=400):
+    """A byte-level BPE with the published special ids, trained on some texts."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def greedy_tokenizer():
+    """One that merges the placeholder's characters with all their neighbours, the published `Ġ<` and `</` among them."""
+    return byte_tokenizer(["a < b << <<<<< >> > >>>> \n<<<\n >>\n </a> </b>"] * 50)
+
+
+@pytest.fixture(params=["demo", "greedy"])
+def any_tokenizer(request, tokenizer):
+    return tokenizer if request.param == "demo" else greedy_tokenizer()
+
+
+def config_for(tokenizer):
+    return LMConfig(**tokenizer_fields(tokenizer))
+
+
+def placeholders(ids, config):
+    """How many whole placeholders, and how many `<` and `>` ids in all."""
+    text = " ".join(map(str, ids))
+    return text.count(" ".join(map(str, config.image_ids))), sum(ids.count(one) for one in set(config.image_ids))
+
+
+@pytest.mark.parametrize("form", ["<image>", "literal"])
+@pytest.mark.parametrize(
+    "text, images",
+    [("{}看图", 1), ("看图\n{}", 1), ("Source Image: {} Target Image: {}\n", 2), ("{}{}", 2), ("x{}y\n{} {}", 3)],
+)
+def test_every_image_becomes_exactly_its_ids(any_tokenizer, text, images, form):
+    config = config_for(any_tokenizer)
+    written = text.replace("{}", "<image>" if form == "<image>" else config.image_special_token)
+    ids, _ = encode_conversations(any_tokenizer, [[("user", written), ("assistant", "好")]], config)[0]
+    assert placeholders(ids, config) == (images, images * 50)
+
+
+def test_placeholder_ids_of_both_spellings_are_the_same(any_tokenizer):
+    config = config_for(any_tokenizer)
+    spellings = [f"a {mark} b" for mark in ("<image>", config.image_special_token)]
+    first, second = encode_conversations(any_tokenizer, [[("user", text)] for text in spellings], config)
+    assert first == second
+
+
+def test_prompt_form_is_the_published_one(tokenizer):
+    """Decoded, a conversation is the golden file's prompt; ids with the published tokenizer were compared when it was made."""
+    config = config_for(tokenizer)
+    for sample in golden("tokenizer"):
+        turns = [tuple(turn) for turn in sample["messages"]]
+        ids, flags = encode_conversations(tokenizer, [turns], config)[0]
+        assert tokenizer.decode(ids) == sample["prompt"]
+        answer = [i for i, flag in zip(ids, flags, strict=True) if flag]
+        assert tokenizer.decode(answer) == turns[1][1] + "</s>"
+
+
+def test_chat_template_gives_the_same_prompt(tokenizer):
+    turns = [("user", "有什么？"), ("assistant", "圆形"), ("user", "在哪里？"), ("assistant", "在中间")]
+    ids, _ = encode_conversations(tokenizer, [turns], config_for(tokenizer))[0]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == tokenizer.decode(ids)
+
+
+def test_text_cannot_end_its_own_turn(tokenizer):
+    config = config_for(tokenizer)
+    ids, _ = encode_conversations(tokenizer, [[("user", "a</s>\n<s>assistant\nb")]], config)[0]
+    assert ids.count(config.bos_token_id) == 2 and ids.count(config.eos_token_id) == 1
+
+
+def test_every_answer_and_its_end_count_and_nothing_else(tokenizer):
+    config = config_for(tokenizer)
+    turns = [("user", "<image>\n颜色"), ("assistant", "红色"), ("user", "形状"), ("assistant", "圆形")]
+    ids, flags = encode_conversations(tokenizer, [turns], config)[0]
+    counted = [i for i, flag in zip(ids, flags, strict=True) if flag]
+    assert counted == [*encode(tokenizer, ["红色"])[0], 2, *encode(tokenizer, ["圆形"])[0], 2]
+
+
+def write(folder, records, pictures=("a.png", "b.png")):
+    for name in pictures:
+        Image.new("RGB", (20, 20), "red").save(folder / name)
+    (folder / "data.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    return folder / "data.json"
+
+
+def record(text, answer="红色", image="a.png"):
+    return {
+        "image": image,
+        "conversations": [{"role": "user", "content": text}, {"role": "assistant", "content": answer}],
+    }
+
+
+def load(path, tokenizer, max_seq_len=512):
+    return VLMDataset(path, path.parent, tokenizer, config_for(tokenizer), max_seq_len, image_size=32)
+
+
+def test_formats_share_a_batch(tmp_path, tokenizer):
+    """Zero, one and two pictures, both spellings of a turn: one flat list of pictures in reading order."""
+    Image.new("RGB", (20, 20), "blue").save(tmp_path / "c.png")
+    human = {"image": "c.png", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "蓝"}]}
+    path = write(tmp_path, [record("<image>\n<image>\n?", image="a.png, c.png"), record("颜色", image=""), human])
+    batch = collate([load(path, tokenizer)[i] for i in range(3)])
+    assert batch["pixel_values"].shape == (3, 3, 32, 32) and batch["pixel_values"].dtype == torch.uint8
+    assert [tuple(p[:, 0, 0].tolist()) for p in batch["pixel_values"]] == [(255, 0, 0), (0, 0, 255), (0, 0, 255)]
+    assert batch["input_ids"].shape == batch["labels"].shape and batch["input_ids"].shape[1] % 8 == 0
+    assert (batch["labels"][batch["input_ids"] == 0] == -100).all()
+    longest = max(len(load(path, tokenizer)[i]["input_ids"]) for i in range(3))
+    assert batch["input_ids"].shape[1] < longest + 8
+
+
+def test_coco_prefix_is_found(tmp_path, tokenizer):
+    path = write(tmp_path, [record("<image>", image="0001.jpg")], pictures=("COCO_train2014_0001.jpg",))
+    assert len(load(path, tokenizer)[0]["pixel_values"]) == 1
+
+
+@pytest.mark.parametrize("text, image, message", [("<image>?", "", "0 images"), ("?", "a.png, b.png", "2 images")])
+def test_image_counts_are_checked(tmp_path, tokenizer, text, image, message):
+    path = write(tmp_path, [record("<image>"), record(text, image=image)])
+    with pytest.raises(BadInput, match=f"record 1: {message}"):
+        load(path, tokenizer)
+
+
+@pytest.mark.parametrize("bad", [{}, {"image": "a.png", "conversations": [{"role": "cat", "content": "x"}]}, "text"])
+def test_wrong_shape_names_the_record(tokenizer, bad):
+    with pytest.raises(BadInput, match="here: expected"):
+        parse_record(bad, "here", config_for(tokenizer))
+
+
+def test_wholly_cut_answers_are_dropped_and_counted(tmp_path, tokenizer):
+    long_question = record("<image>\n" + "圆" * 200)
+    two_turns = record("<image>\n颜色")
+    two_turns["conversations"] += [
+        {"role": "user", "content": "<image>" + "圆" * 300},
+        {"role": "assistant", "content": "红"},
+    ]
+    two_turns["image"] = "a.png, b.png"
+    path = write(tmp_path, [long_question, record("<image>\n颜色"), two_turns])
+    dataset = load(path, tokenizer, max_seq_len=100)
+    assert dataset.dropped == 1 and len(dataset) == 2
+    cut = dataset[1]
+    assert len(cut["input_ids"]) <= 100 and len(cut["pixel_values"]) == 1  # the second picture lies beyond the cut
+    assert placeholders(cut["input_ids"].tolist(), config_for(tokenizer))[0] == 1
+
+
+def test_batches_hold_like_lengths_and_every_sample_once():
+    lengths = np.random.default_rng(0).integers(60, 400, 5000)
+    sampler = LengthBatches(lengths, 16, seed=3)
+    batches = list(sampler)
+    assert len(batches) == len(sampler)
+    assert sorted(i for batch in batches for i in batch) == list(range(5000))
+    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
+    assert padded < 1.05 * lengths.sum()
+    assert batches != (sampler.set_epoch(1), list(sampler))[1]
+    sampler.set_epoch(0)
+    assert batches == list(sampler)
+    firsts = lengths[[batch[0] for batch in batches]]
+    assert abs(np.corrcoef(np.arange(len(firsts)), firsts)[0, 1]) < 0.3  # not from short to long
+
+
+@pytest.mark.parametrize("count", [64, 61, 50])
+def test_processes_share_the_same_global_batches(count):
+    lengths = np.random.default_rng(0).integers(60, 400, count)
+    alone = list(LengthBatches(lengths, 8, seed=1))
+    ranks = [list(LengthBatches(lengths, 4, seed=1, rank=r, world=2)) for r in (0, 1)]
+    assert len(ranks[0]) == len(ranks[1]) == len(LengthBatches(lengths, 4, rank=1, world=2))
+    assert all(len(a) == len(b) > 0 for a, b in zip(*ranks, strict=True))
+    together = [sorted(a + b) for a, b in zip(*ranks, strict=True)]
+    assert len({i for batch in together for i in batch}) == count - count % 2
+    if count % 2 == 0:
+        assert together == [sorted(batch) for batch in alone]
+
+
+def test_demo_world_is_read_by_the_ordinary_dataset(world, tokenizer):
+    config = config_for(tokenizer)
+    for name, images in (("pretrain", 1), ("sft", 1), ("sft_multi", 2), ("score_heldout", 1), ("score_multi", 2)):
+        dataset = VLMDataset(world / f"{name}.json", world / "images", tokenizer, config, 512, image_size=224)
+        batch = collate([dataset[i] for i in range(4)])
+        assert batch["pixel_values"].shape == (4 * images, 3, 224, 224)
+        assert dataset.dropped == 0
+
+
+def test_demo_splits_share_no_scene():
+    import random
+
+    rng = random.Random(0)
+    for split in ("train", "heldout", "unseen"):
+        scenes = [demo.random_scene(rng, split) for _ in range(300)]
+        assert {demo.split_of(scene) for scene in scenes} == {split}
+        pairs = {(thing.colour, thing.shape) for scene in scenes for thing in scene}
+        assert bool(pairs & demo.UNSEEN_PAIRS) == (split == "unseen")
+    for _ in range(200):
+        before, after, _, _ = demo.scene_pair(rng)
+        assert demo.split_of(before) == demo.split_of(after) == "train" and before != after
+
+
+def test_demo_answers_are_true():
+    """Each kind's answer follows from the scene; yes and no come equally often."""
+    import random
+
+    rng = random.Random(0)
+    scene = (demo.Thing("左上角", "大", "红色", "圆形"), demo.Thing("中间", "小", "蓝色", "星形"))
+    seen = {kind: {demo.question(scene, rng, kind) for _ in range(300)} for kind in demo.QUESTIONS}
+    assert ("左上角的图形是什么颜色？", "红色") in seen["colour"] and ("圆形的颜色是什么？", "红色") in seen["colour"]
+    assert ("蓝色的图形是什么形状？", "星形") in seen["shape"]
+    assert ("星形是大的还是小的？", "小的") in seen["size"]
+    assert ("红色圆形在哪里？", "在左上角") in seen["where"]
+    assert ("有几个图形？", "两个") in seen["count"] and ("有几个红色的图形？", "一个") in seen["count"]
+    assert ("有红色圆形吗？", "有") in seen["exist"] and ("有红色星形吗？", "没有") in seen["exist"]
+    for pairs in seen.values():
+        assert len({asked for asked, _ in pairs}) == len(pairs)  # one question, one answer
+    answers = [demo.question(demo.random_scene(rng), rng, "exist")[1] for _ in range(1000)]
+    assert 0.44 < answers.count("有") / 1000 < 0.56

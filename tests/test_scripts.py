@@ -1,0 +1,254 @@
+"""The numbered scripts, each as a process of its own, on small files of the real formats."""
+
+import json
+import random
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, run, run_python
+from PIL import Image
+
+from dataset import demo
+from model.checkpoint import load_vlm, read_notes, read_weights, tokenizer_fields
+from model.LMConfig import LMConfig
+from model.model import MiniMindLM
+
+PRETRAIN, SFT, CHAT = "1-pretrain_vlm.py", "2-sft_vlm.py", "3-eval_chat.py"
+
+
+class Place:
+    """A folder with everything small: a random CLIP, the demo's tokenizer, a picture world; and the flags that say so."""
+
+    def __init__(self, folder, world, clip):
+        self.out = folder / "out"
+        self.out.mkdir()
+        self.world = world
+        self.model = [
+            "--dim",
+            64,
+            "--n_layers",
+            2,
+            "--n_heads",
+            4,
+            "--n_kv_heads",
+            2,
+            "--out_dir",
+            self.out,
+            "--device",
+            "cpu",
+        ]
+        self.model += ["--vision_path", clip, "--tokenizer_path", "model/demo"]
+        self.training = [*self.model, "--batch_size", 8, "--log_interval", 1]
+
+    def data(self, name):
+        return ["--data_path", self.world / name, "--images_path", self.world / "images"]
+
+    def pretrain(self, *more):
+        return run_python(PRETRAIN, *self.training, *self.data("pretrain.json"), *more)
+
+    def sft(self, name, *more):
+        return run_python(SFT, *self.training, *self.data(name), *more)
+
+    def log(self, name):
+        lines = [json.loads(line) for line in (self.out / f"{name}.jsonl").read_text().splitlines()]
+        return [line for line in lines if "loss" in line]
+
+
+@pytest.fixture
+def place(tmp_path, world, tiny_clip):
+    return Place(tmp_path, world, tiny_clip)
+
+
+def save_llm(place, tokenizer, **config):
+    """A language model's file, as `512_llm.pth` is one: no projector."""
+    torch.manual_seed(0)
+    sizes = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2)
+    model = MiniMindLM(LMConfig(**{**sizes, **config}, **tokenizer_fields(tokenizer)))
+    torch.save(model.state_dict(), place.out / f"64{'_moe' if config.get('use_moe') else ''}_llm.pth")
+
+
+def test_stage_after_stage_to_an_answer(place, tokenizer):
+    save_llm(place, tokenizer)
+    code, out, err = place.pretrain("--epochs", 2)
+    assert code == 0, err
+    assert "step 12/12: loss" in out and "64_vlm_pretrain.pth" in out
+    losses = [line["loss"] for line in place.log("64_vlm_pretrain")]
+    assert len(losses) == 12 and losses[-1] < losses[0]
+    assert read_notes(place.out / "64_vlm_pretrain.pth")["step"] == 12
+
+    code, out, err = place.sft("sft.json", "--learning_rate", 1e-3)
+    assert code == 0, err
+    before = read_weights(place.out / "64_vlm_pretrain.pth")
+    after = read_weights(place.out / "64_vlm_sft.pth")
+    assert before.keys() == after.keys()
+    changed = [name for name in after if not torch.equal(before[name], after[name])]
+    assert len(changed) == len(after)  # projector and language model learn, all of them
+
+    code, out, err = place.sft("sft.json", "--multi", "False")
+    assert code == 0 and not (place.out / "64_vlm_sft_multi.pth").exists()
+    for spelling in (["--multi"], ["--multi", "True"]):
+        code, out, err = place.sft("sft_multi.json", *spelling)
+        assert code == 0 and (place.out / "64_vlm_sft_multi.pth").exists(), err
+        (place.out / "64_vlm_sft_multi.pth").unlink()
+
+    code, out, err = run_python(
+        CHAT, *place.model, "--score", world_file(place), "--images_path", place.world / "images"
+    )
+    assert code == 0, err
+    assert "shuffled image" in out and "colour" in out and "all" in out
+
+
+def world_file(place):
+    return place.world / "score_heldout.json"
+
+
+def test_experts_train_in_both_precisions(place, tokenizer):
+    save_llm(place, tokenizer, use_moe=True)
+    for dtype in ("float32", "bfloat16"):
+        code, _, err = place.pretrain("--use_moe", "--dtype", dtype, "--epochs", 2)
+        assert code == 0, err
+        losses = [line["loss"] for line in place.log("64_moe_vlm_pretrain")]
+        assert losses[-1] < losses[0]
+
+
+def test_two_processes_and_accumulation_give_the_losses_of_one(place, tokenizer):
+    """The same global batches of 8: one process, two accumulation steps of 4, two processes of 4."""
+    save_llm(place, tokenizer)
+    settings = ["--log_interval", 1, "--learning_rate", 1e-3]
+    losses = {}
+    for name, command in {
+        "one": [sys.executable, PRETRAIN, *place.training],
+        "two": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, PRETRAIN, *place.training]
+        + ["--batch_size", 4],
+    }.items():
+        log = place.out / "64_vlm_pretrain.jsonl"
+        log.unlink(missing_ok=True)
+        code, _, err = run(*command, *place.data("pretrain.json"), *settings, OMP_NUM_THREADS="1")
+        assert code == 0, err
+        losses[name] = [line["loss"] for line in place.log("64_vlm_pretrain")]
+    assert len(losses["one"]) == 6
+    assert losses["two"] == pytest.approx(losses["one"], abs=1e-5)
+
+
+def test_accumulated_gradient_is_that_of_the_whole_batch(place, tokenizer):
+    from model.trainer import learning_rate_at
+
+    save_llm(place, tokenizer)
+    whole, parts = [], []
+    for batch_size, accumulate, losses in ((48, 1, whole), (6, 8, parts)):
+        log = place.out / "64_vlm_pretrain.jsonl"
+        log.unlink(missing_ok=True)
+        code, _, err = place.pretrain("--batch_size", batch_size, "--accumulation_steps", accumulate, "--epochs", 4)
+        assert code == 0, err
+        losses += [line["loss"] for line in place.log("64_vlm_pretrain")]
+    assert len(whole) == 4  # every step sees all 48 pictures
+    assert parts == pytest.approx(whole, abs=1e-5)
+    assert learning_rate_at(0, 10, 1.0, 0) == 1.0 and learning_rate_at(9, 10, 1.0, 0) == pytest.approx(0.1)
+    assert learning_rate_at(0, 10, 1.0, 4) < learning_rate_at(3, 10, 1.0, 4) < learning_rate_at(4, 10, 1.0, 4) == 1.0
+
+
+def test_cached_features_train_alike_and_open_no_picture_again(place, tokenizer, tmp_path):
+    save_llm(place, tokenizer)
+    place.world = shutil.copytree(place.world, tmp_path / "world")
+    place.pretrain()
+    plain = [line["loss"] for line in place.log("64_vlm_pretrain")]
+    code, _, err = place.pretrain("--cache_features", "--epochs", 2)
+    assert code == 0 and "running CLIP over 48 pictures" in err
+    cached = [line["loss"] for line in place.log("64_vlm_pretrain")][len(plain) :]
+    assert cached[0] == pytest.approx(plain[0], abs=2e-3)
+
+    for picture in (place.world / "images").glob("train_*"):  # same name, size and time, but no picture any more
+        stamp, size = picture.stat().st_mtime_ns, picture.stat().st_size
+        picture.write_bytes(b"x" * size)
+        import os
+
+        os.utime(picture, ns=(stamp, stamp))
+    code, _, err = place.sft("sft.json", "--cache_features")  # another stage over the same pictures
+    assert code == 0 and "running CLIP" not in err, err
+
+
+def test_from_scratch_needs_no_language_model(place):
+    code, _, err = place.pretrain("--from_scratch")
+    assert code == 0, err
+    assert (place.out / "64_vlm_pretrain.pth").exists()
+
+
+def test_wandb_offline(place, tmp_path):
+    code, _, err = place.pretrain("--from_scratch", "--use_wandb", WANDB_DIR=str(tmp_path))
+    assert code == 0, err
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize(
+    "script, flags, names",
+    [
+        (PRETRAIN, ["--tokenizer_path", "nowhere"], ["no tokenizer in nowhere", "--tokenizer_path"]),
+        (PRETRAIN, ["--vision_path", "nowhere"], ["no CLIP in nowhere", "--vision_path"]),
+        (PRETRAIN, [], ["64_llm.pth not found"]),
+        (PRETRAIN, ["--from_scratch", "--data_path", "nowhere.json"], ["nowhere.json not found", "--data_path"]),
+        (PRETRAIN, ["--from_scratch", "--images_path", "nowhere"], ["nowhere is not a folder", "--images_path"]),
+        (SFT, [], ["64_vlm_pretrain.pth not found"]),
+        (SFT, ["--multi"], ["64_vlm_sft.pth not found"]),
+        (SFT, ["--multi", "maybe"], ["'maybe' should be True or False"]),
+        (CHAT, [], ["64_vlm_sft.pth not found"]),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(place, script, flags, names):
+    data = [] if script == CHAT else place.data("pretrain.json")
+    code, _, err = run_python(script, *(place.model if script == CHAT else place.training), *data, *flags)
+    assert code not in (0, None)
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.strip() and not line.startswith(("usage", " "))]
+    assert len(lines) == 1 and all(name in lines[0] for name in names), err
+    assert not list(place.out.glob("*vlm*"))
+
+
+def test_weights_that_do_not_fit_are_refused(place, tokenizer):
+    save_llm(place, tokenizer)
+    for flags, names in (
+        (["--n_layers", 3], ["lacks layers.2.", "--n_layers"]),
+        (["--n_layers", 1], ["has layers.1.", "--n_layers"]),
+        (["--dim", 128, "--from_weights", place.out / "64_llm.pth"], ["(476, 64)", "(476, 128)", "--dim"]),
+    ):
+        code, _, err = place.pretrain(*flags)
+        assert code == 1 and "Traceback" not in err and all(name in err for name in names), err
+    code, _, err = place.sft("sft.json", "--from_weights", place.out / "64_llm.pth")
+    assert code == 1 and "without a vision projector" in err
+    (place.out / "64_llm.pth").write_bytes((place.out / "64_llm.pth").read_bytes()[:5000])
+    code, _, err = place.pretrain()
+    assert code == 1 and "not a whole file of weights" in err and "Traceback" not in err
+
+
+def test_old_prefixes_and_buffers_are_taken_off(tmp_path, tokenizer):
+    config = LMConfig(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, **tokenizer_fields(tokenizer))
+    state = MiniMindLM(config).state_dict()
+    extra = {"layers.0.attention.mask": torch.zeros(1, 1, 8, 8), "pos_cis": torch.zeros(8, 8)}
+    torch.save(
+        {f"_orig_mod.module.{name}": tensor for name, tensor in {**state, **extra}.items()}, tmp_path / "old.pth"
+    )
+    model = load_vlm(tmp_path / "old.pth", config, allow_missing_projector=True)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
+
+
+def test_evaluation_pictures_are_held_out_and_named_by_what_they_show():
+    for folder, images in (("eval_images", 1), ("eval_multi_images", 2)):
+        asked = json.loads((ROOT / "dataset" / folder / "questions.json").read_text(encoding="utf-8"))
+        assert len(asked) >= 4
+        for names, question in asked:
+            assert len(names) == images and question
+            for name in names:
+                with Image.open(ROOT / "dataset" / folder / name) as picture:
+                    assert picture.size == (demo.PICTURE, demo.PICTURE)
+
+
+def test_world_is_the_same_from_the_same_seed(tmp_path):
+    for name in ("a", "b"):
+        demo.build(tmp_path / name, pictures=3, pairs=2, held_out=2, turns=2, seed=7)
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
+    assert len(files) > 10
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    scene = demo.random_scene(random.Random(1))
+    assert demo.draw(scene, random.Random(2)).tobytes() == demo.draw(scene, random.Random(2)).tobytes()

@@ -1,0 +1,135 @@
+"""Preprocessing, the frozen CLIP and its feature cache."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import golden
+from PIL import Image
+from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
+
+from model.LMConfig import BadInput
+from model.vision_utils import FeatureCache, VisionEncoder, cache_key, load_vision, read_pixels, to_pixels, to_rgb
+
+
+def gradient(width=300, height=200):
+    """The picture that golden/preprocess.json describes."""
+    y, x = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([x * 255 // 299, y * 255 // 199, (x * y) // 7 % 256], axis=-1).astype(np.uint8))
+
+
+def test_preprocessing_agrees_with_published(tiny_clip):
+    facts = golden("preprocess")
+    pixels = load_vision(tiny_clip).normalise(to_pixels(gradient(), 224)[None])[0]
+    assert list(pixels.shape) == facts["shape"]
+    for place, value in facts["samples"].items():
+        assert pixels[tuple(map(int, place.split(",")))].item() == pytest.approx(value, abs=1e-4), place
+    np.testing.assert_allclose(pixels.mean(dim=(1, 2)), facts["mean"], atol=1e-4)
+    np.testing.assert_allclose(pixels.std(dim=(1, 2)), facts["std"], atol=1e-4)
+
+
+def test_exif_rotation_is_honoured(tmp_path):
+    image = Image.new("RGB", (60, 20), "white")
+    image.paste("red", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter to the right
+    image.save(tmp_path / "turned.png", exif=exif)
+    upright = to_rgb(Image.open(tmp_path / "turned.png"))
+    assert upright.size == (20, 60)
+    assert upright.getpixel((10, 5)) == (255, 0, 0) and upright.getpixel((10, 50)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "YCbCr", "HSV", "I;16", "F"])
+def test_every_mode_becomes_rgb(mode):
+    grey = Image.linear_gradient("L")
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    elif mode == "HSV":
+        image = grey.convert("RGB").convert("HSV")
+    else:
+        image = grey.convert(mode)
+    result = np.asarray(to_rgb(image)).astype(int)
+    assert result.shape == (256, 256, 3)
+    if mode != "1":
+        assert abs(result - np.asarray(grey)[..., None].astype(int)).max() <= 4
+
+
+def test_transparency_is_laid_on_white():
+    assert to_rgb(Image.new("RGBA", (4, 4), (255, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_features_are_the_encoder_output_before_pooling(tiny_clip):
+    encoder = load_vision(tiny_clip)
+    assert (encoder.image_size, encoder.image_tokens, encoder.vision_width) == (64, 5, 48)
+    pixels = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    features = encoder(pixels)
+    assert features.shape == (3, 5, 48) and not features.requires_grad
+    expected = CLIPVisionModel.from_pretrained(tiny_clip).eval()(encoder.normalise(pixels), output_hidden_states=True)
+    torch.testing.assert_close(features, expected.hidden_states[-1])
+    torch.testing.assert_close(torch.cat([encoder(one[None]) for one in pixels]), features, atol=1e-5, rtol=1e-5)
+    assert not any(p.requires_grad for p in encoder.model.parameters())
+
+
+def test_loads_only_the_vision_half_and_quietly(tmp_path, capfd):
+    clip = CLIPModel(
+        CLIPConfig(
+            vision_config=dict(
+                hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=64
+            ),
+            text_config=dict(
+                vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+            ),
+        )
+    )
+    clip.save_pretrained(tmp_path)
+    capfd.readouterr()
+    encoder = load_vision(tmp_path)
+    assert len("".join(capfd.readouterr())) < 200
+    assert not [name for name, _ in encoder.model.named_parameters() if "text" in name]
+    pixels = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    own = clip.eval().vision_model(encoder.normalise(pixels)).last_hidden_state
+    torch.testing.assert_close(encoder(pixels), own)
+
+
+def test_unreadable_picture_is_named(tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    for name in ("broken.jpg", "missing.jpg"):
+        with pytest.raises(BadInput, match=name):
+            read_pixels(tmp_path / name, 64)
+
+
+def test_feature_cache_is_rebuilt_when_stale_or_half_written(tmp_path, tiny_clip):
+    encoder = load_vision(tiny_clip)
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for i, path in enumerate(paths):
+        gradient(64 + i, 64).save(path)
+    pixels = torch.stack([read_pixels(path, 64) for path in paths])
+    folder = tmp_path / "features"
+
+    cache = FeatureCache(folder, cache_key(tiny_clip, paths))
+    assert not cache.ready()
+    cache.build(encoder, paths, [pixels[:2], pixels[2:]], lambda n: None)
+    again = FeatureCache(folder, cache_key(tiny_clip, paths))
+    assert again.ready()
+    torch.testing.assert_close(again[[2, 0]].float(), encoder(pixels)[[2, 0]], atol=5e-3, rtol=5e-3)
+
+    again.note.unlink()  # what a run killed while writing leaves behind
+    assert not FeatureCache(folder, cache_key(tiny_clip, paths)).ready()
+    gradient(80, 80).save(paths[1])
+    assert not FeatureCache(folder, cache_key(tiny_clip, paths)).ready()
+    other = VisionEncoder(CLIPVisionModel(encoder.model.config))
+    other.model.save_pretrained(tiny_clip)
+    assert cache_key(tiny_clip, paths) != cache.key
+
+
+def test_half_written_file_is_not_taken_for_whole(tmp_path, tiny_clip):
+    encoder = load_vision(tiny_clip)
+    gradient().save(tmp_path / "a.png")
+
+    def interrupted():
+        yield read_pixels(tmp_path / "a.png", 64)[None]
+        raise KeyboardInterrupt
+
+    cache = FeatureCache(tmp_path / "features", cache_key(tiny_clip, [tmp_path / "a.png"] * 2))
+    with pytest.raises(KeyboardInterrupt):
+        cache.build(encoder, [tmp_path / "a.png"] * 2, interrupted(), lambda n: None)
+    assert not FeatureCache(tmp_path / "features", cache.key).ready()
