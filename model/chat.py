@@ -45,16 +45,14 @@ class Chat:
         return torch.tensor([ids], device=self.device)
 
     def see(self, paths):
-        """Picture files -> features (N, P, V), or None for no picture."""
-        if not paths:
-            return None
+        """Picture files -> features (N, P, V)."""
         return self.encoder(torch.stack([read_pixels(path, self.encoder.image_size) for path in paths])).to(
             self.model.dtype
         )
 
     def stream(self, text, paths, max_new_tokens=128, temperature=0.0, top_k=8):
         """Yields the answer to a question about picture files, piece by piece. Temperature 0 takes the likeliest token."""
-        input_ids, features = self.prompt(text, paths), self.see(paths)
+        input_ids, features = self.prompt(text, paths), self.see(paths) if paths else None
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         sampling = (
             {"do_sample": True, "temperature": temperature, "top_k": top_k} if temperature else {"do_sample": False}
@@ -112,7 +110,11 @@ def score(chat, data_path, images_path, seed=0):
     sets = list(dict.fromkeys(names))
     if len({len(one) for one in sets}) > 1 or not sets[0]:
         raise BadInput(f"{data_path}: to score, all records need pictures, and the same number of them")
-    seen = {one: chat.see([Path(images_path) / name for name in one]) for one in sets}
+    seen = {}
+    for begin in range(0, len(sets), 32):
+        part = sets[begin : begin + 32]
+        features = chat.see([Path(images_path) / name for one in part for name in one])
+        seen.update(zip(part, features.split(len(sets[0])), strict=True))
     shuffled = sets[:]
     random.Random(seed).shuffle(shuffled)
     other = dict(zip(shuffled, shuffled[1:] + shuffled[:1], strict=True))  # everyone's neighbour: never its own picture

@@ -3,6 +3,7 @@
 Shapes: N images, P tokens per image ((image_size / patch_size)^2 + 1 = 50), V vision width (768 for ViT-B/32).
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -11,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 from PIL import Image, ImageOps
 from transformers import CLIPVisionModel
+from transformers.utils import logging as hf_logging
 
 from model.LMConfig import BadInput
 
@@ -89,6 +90,20 @@ class VisionEncoder:
         return self.captured.features
 
 
+@contextlib.contextmanager
+def quiet_transformers():
+    """No progress bars, and no report of the tensors of a full CLIP's text half, line by line."""
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
 def load_vision(folder, device="cpu", dtype=torch.float32):
     """Loads only the vision half of a CLIP folder in transformers format. BadInput if it is missing or incomplete."""
     folder = Path(folder)
@@ -97,16 +112,13 @@ def load_vision(folder, device="cpu", dtype=torch.float32):
             f"no CLIP in {folder}: download clip-vit-base-patch32 into it (see README, 'Train on the real data'), "
             "name another folder with --vision_path, or try --demo"
         )
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # a full CLIP also holds the text half, which is reported line by line
     try:
-        model, info = CLIPVisionModel.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
-        )
+        with quiet_transformers():
+            model, info = CLIPVisionModel.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise BadInput(f"the CLIP in {folder} could not be loaded: {str(error).splitlines()[0]}") from None
-    finally:
-        transformers.logging.set_verbosity(level)
     missing = [key for key in info["missing_keys"] if "position_ids" not in key]
     if missing:
         raise BadInput(f"the CLIP in {folder} lacks {len(missing)} tensors, first {missing[0]}: download it again")

@@ -226,13 +226,13 @@ def test_demo_answers_are_true():
     rng = random.Random(0)
     scene = (demo.Thing("左上角", "大", "红色", "圆形"), demo.Thing("中间", "小", "蓝色", "星形"))
     seen = {kind: {demo.question(scene, rng, kind) for _ in range(300)} for kind in demo.QUESTIONS}
-    assert ("左上角的图形是什么颜色？", "红色") in seen["colour"] and ("圆形的颜色是什么？", "红色") in seen["colour"]
-    assert ("蓝色的图形是什么形状？", "星形") in seen["shape"]
-    assert ("星形是大的还是小的？", "小的") in seen["size"]
-    assert ("红色圆形在哪里？", "在左上角") in seen["where"]
-    assert ("有几个图形？", "两个") in seen["count"] and ("有几个红色的图形？", "一个") in seen["count"]
-    assert ("有红色圆形吗？", "有") in seen["exist"] and ("有红色星形吗？", "没有") in seen["exist"]
+    assert {("左上角是什么颜色？", "左上角红色"), ("圆形什么颜色？", "圆形红色")} <= seen["colour"]
+    assert ("蓝色是什么形状？", "蓝色星形") in seen["shape"]
+    assert ("星形是大的还是小的？", "星形小") in seen["size"]
+    assert ("红色圆形在哪里？", "红色圆形左上角") in seen["where"]
+    assert {("有几个图形？", "图形两个"), ("有几个红色图形？", "红色图形一个")} <= seen["count"]
+    assert {("有红色圆形吗？", "红色圆形有"), ("有红色星形吗？", "红色星形没有")} <= seen["exist"]
     for pairs in seen.values():
         assert len({asked for asked, _ in pairs}) == len(pairs)  # one question, one answer
     answers = [demo.question(demo.random_scene(rng), rng, "exist")[1] for _ in range(1000)]
-    assert 0.44 < answers.count("有") / 1000 < 0.56
+    assert 0.44 < sum(not answer.endswith("没有") for answer in answers) / 1000 < 0.56

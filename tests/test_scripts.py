@@ -45,8 +45,8 @@ class Place:
     def data(self, name):
         return ["--data_path", self.world / name, "--images_path", self.world / "images"]
 
-    def pretrain(self, *more):
-        return run_python(PRETRAIN, *self.training, *self.data("pretrain.json"), *more)
+    def pretrain(self, *more, **environment):
+        return run_python(PRETRAIN, *self.training, *self.data("pretrain.json"), *more, **environment)
 
     def sft(self, name, *more):
         return run_python(SFT, *self.training, *self.data(name), *more)
