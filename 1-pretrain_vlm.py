@@ -18,7 +18,7 @@ DEMO = {
     "from_weights": "model/demo/192_llm.pth",
     "data_path": "dataset/demo_world/pretrain.json",
     "cache_features": True,
-    "epochs": 1,
+    "epochs": 4,
     "batch_size": 32,
     "learning_rate": 1e-3,
     "warmup_iters": 20,
@@ -30,8 +30,7 @@ def main():
     add_training_arguments(parser, 4e-4, "dataset/pretrain_vlm_data.json", "dataset/pretrain_images")
     add_switch(parser, "--from_scratch", help="start from a random language model instead of a trained one")
     args = parse_with_demo(parser, DEMO)
-    if args.demo:
-        demo.build(Path(args.data_path).parent)
+    demo.build_if_asked_for(args.data_path)
     args.wandb_run_name = args.wandb_run_name or (
         f"MiniMind-V Pretrain-Epoch-{args.epochs}-BatchSize-{args.batch_size}-LearningRate-{args.learning_rate}"
     )

@@ -35,8 +35,7 @@ def main():
     if given.multi:
         parser.set_defaults(**MULTI)
     args = parse_with_demo(parser, DEMO_MULTI if given.multi else DEMO)
-    if args.demo:
-        demo.build(Path(args.data_path).parent)
+    demo.build_if_asked_for(args.data_path)
     args.wandb_run_name = args.wandb_run_name or (
         f"MiniMind-V SFT-Epoch-{args.epochs}-BatchSize-{args.batch_size}-LearningRate-{args.learning_rate}"
     )

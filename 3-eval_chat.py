@@ -14,9 +14,8 @@ from model.chat import Chat, read_questions, score
 from model.checkpoint import weights_name
 from model.trainer import DEMO_MODEL, add_model_arguments, add_switch, parse_with_demo, pick_dtype, run_script
 
-WORLD = Path("dataset/demo_world")
-DEMO = {**DEMO_MODEL, "score": [WORLD / "score_heldout.json", WORLD / "score_unseen.json"]}
-DEMO_MULTI = {**DEMO_MODEL, "score": [WORLD / "score_multi.json"]}
+DEMO = {**DEMO_MODEL, "score": [demo.FOLDER / "score_heldout.json", demo.FOLDER / "score_unseen.json"]}
+DEMO_MULTI = {**DEMO_MODEL, "score": [demo.FOLDER / "score_multi.json"]}
 
 
 def show_answers(chat, args):
@@ -68,9 +67,8 @@ def main():
     )
     if args.demo or not args.score:
         show_answers(chat, args)
-    if args.demo:
-        demo.build(WORLD)
     if args.score:
+        demo.build_if_asked_for(args.score[0])
         show_score(chat, args)
 
 

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
+FOLDER = Path("dataset/demo_world")
 COLOURS = {
     "红色": (222, 45, 45),
     "橙色": (245, 140, 25),
@@ -143,10 +144,13 @@ CAPTION_PROMPTS = ["描述这张图片。", "图中有什么？", "请说明画�
 # training; to use a word that stands one or two further back ("左上角有一个红色的...") it did not learn in an hour.
 
 
+CAPTION_ORDERS = ["place colour size shape", "place colour shape", "colour shape place", "shape place colour size"]
+
+
 def caption(scene, rng):
-    """The whole scene, things in any order."""
-    size = rng.choice(["{size}", "{size}", ""])
-    things = [(f"{{place}}{{colour}}{size}{{shape}}").format(**t._asdict()) for t in rng.sample(scene, len(scene))]
+    """The whole scene, things in any order, each with its words in the same order."""
+    words = rng.choice(CAPTION_ORDERS).split()
+    things = ["".join(getattr(thing, word) for word in words) for thing in rng.sample(scene, len(scene))]
     return rng.choice(["", "图中", "画面里"]) + rng.choice("，；").join(things) + "。"
 
 
@@ -340,7 +344,10 @@ class World:
             prompt = self.rng.choice(CAPTION_PROMPTS)
             prompt = self.rng.choice([f"{prompt}\n<image>", f"<image>\n{prompt}"])
             captions.append(record([name], [(prompt, caption(scene, self.rng))]))
-            asked = questions(scene, self.rng, turns)
+            asked = questions(
+                scene, self.rng, turns - 1
+            )  # and a caption, lest what the first stage taught be forgotten
+            asked.insert(self.rng.randrange(turns), (self.rng.choice(CAPTION_PROMPTS), caption(scene, self.rng)))
             asked[0] = (f"<image>\n{asked[0][0]}", asked[0][1])
             talks.append(record([name], asked))
         self.write("pretrain.json", captions)
@@ -369,7 +376,7 @@ class World:
         self.write(name, records)
 
 
-def build(folder, pictures=6000, pairs=3000, held_out=200, turns=6, seed=0):
+def build(folder, pictures=6000, pairs=3000, held_out=200, turns=4, seed=0):
     """Draws the whole world into `folder`; its last file says that it is complete, and makes a second call return at once."""
     folder = Path(folder)
     settings = {"pictures": pictures, "pairs": pairs, "held_out": held_out, "turns": turns, "seed": seed}
@@ -384,6 +391,12 @@ def build(folder, pictures=6000, pairs=3000, held_out=200, turns=6, seed=0):
     world.score("score_unseen.json", "unseen", held_out, "unseen")
     world.pairs("score_multi.json", "heldout_pair", held_out, "heldout")
     done.write_text(json.dumps(settings))
+
+
+def build_if_asked_for(data_path):
+    """Draws the world when a file of its own folder is about to be read."""
+    if Path(data_path).parent == FOLDER:
+        build(FOLDER)
 
 
 def build_eval_pictures(folder, seed=1):
@@ -416,7 +429,7 @@ def build_eval_pictures(folder, seed=1):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", nargs="?", default="dataset/demo_world")
+    parser.add_argument("folder", nargs="?", default=FOLDER)
     parser.add_argument("--pictures", type=int, default=6000, help="training pictures (default %(default)s)")
     parser.add_argument("--pairs", type=int, default=3000, help="training pairs of pictures (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)

@@ -40,8 +40,13 @@ class MiniMindVLM(MiniMindLM):
         images = 0 if image_features is None else len(image_features)
         if not (self.training and input_ids.is_cuda) and starts.sum() != images:
             raise ValueError(f"{images} images were given, but the text has {int(starts.sum())} image placeholders")
-        if not images:
+        if not images and not self.training:
             return embeddings
+        if (
+            image_features is None
+        ):  # a batch of text alone: with no picture the projector still has a gradient, of zeros,
+            # which is what other processes, whose batches have pictures, wait for
+            image_features = embeddings.new_zeros(0, self.config.image_tokens, self.config.vision_width)
         places = cover(starts, self.config.image_tokens)  # (B, T)
         projected = self.vision_proj(image_features).to(embeddings.dtype)  # (N, P, D)
         return embeddings.masked_scatter(places[..., None], projected)

@@ -174,6 +174,14 @@ def test_wrong_number_of_images_names_both(images):
         model(ids, torch.randn(images, 50, 768) if images else None)
 
 
+def test_batch_without_pictures_still_has_a_gradient_for_the_projector():
+    """Else a process whose batch is text alone would leave the others waiting."""
+    model = MiniMindVLM(LMConfig(**TINY)).train()
+    ids = torch.randint(40, 300, (2, 60))
+    model(ids, labels=ids).loss.backward()
+    assert not model.vision_proj.vision_proj[0].weight.grad.any()
+
+
 @pytest.mark.parametrize("use_moe", [False, True])
 def test_survives_transformers_folder(tmp_path, use_moe):
     model = MiniMindVLM(LMConfig(**TINY, vision_bias=True, use_moe=use_moe)).eval()
