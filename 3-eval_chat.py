@@ -12,7 +12,15 @@ from pathlib import Path
 from dataset import demo
 from model.chat import Chat, read_questions, score
 from model.checkpoint import weights_name
-from model.trainer import DEMO_MODEL, add_model_arguments, add_switch, parse_with_demo, pick_dtype, run_script
+from model.trainer import (
+    DEMO_MODEL,
+    add_model_arguments,
+    add_switch,
+    model_sizes,
+    parse_with_demo,
+    pick_dtype,
+    run_script,
+)
 
 DEMO = {**DEMO_MODEL, "score": [demo.FOLDER / "score_heldout.json", demo.FOLDER / "score_unseen.json"]}
 DEMO_MULTI = {**DEMO_MODEL, "score": [demo.FOLDER / "score_multi.json"]}
@@ -58,12 +66,7 @@ def main():
         args.tokenizer_path,
         args.device,
         pick_dtype(args.dtype, args.device),
-        dim=args.dim,
-        n_layers=args.n_layers,
-        n_heads=args.n_heads,
-        n_kv_heads=args.n_kv_heads,
-        max_seq_len=args.max_seq_len,
-        use_moe=args.use_moe,
+        **model_sizes(args),
     )
     if args.demo or not args.score:
         show_answers(chat, args)

@@ -73,6 +73,13 @@ def add_model_arguments(parser):
     parser.add_argument("--seed", type=int, default=1337)
 
 
+def model_sizes(args):
+    """The LMConfig fields that `add_model_arguments` asks for."""
+    return {
+        name: getattr(args, name) for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "use_moe")
+    }
+
+
 def add_training_arguments(parser, learning_rate, data_path, images_path):
     """The published training arguments, with the defaults of one stage."""
     add_model_arguments(parser)
@@ -171,12 +178,7 @@ def prepare(args, weights, allow_missing_projector):
     tokenizer = load_tokenizer(args.tokenizer_path)
     encoder = load_vision(args.vision_path, args.device, vision_dtype(args))
     config = LMConfig(
-        dim=args.dim,
-        n_layers=args.n_layers,
-        n_heads=args.n_heads,
-        n_kv_heads=args.n_kv_heads,
-        max_seq_len=args.max_seq_len,
-        use_moe=args.use_moe,
+        **model_sizes(args),
         vision_width=encoder.vision_width,
         image_tokens=encoder.image_tokens,
         **tokenizer_fields(tokenizer),
