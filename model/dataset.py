@@ -241,28 +241,37 @@ class LengthBatches:
     """Batch sampler: a new random order each epoch, in which every batch holds samples of like length.
 
     Each group of 64 global batches of the shuffled order is sorted by length, cut into batches, and the batches are
-    shuffled again. All ranks draw the same order; of each global batch (batch_size * world samples) rank r takes every
-    world-th sample from r on. The last global batch may be smaller; the fewer than `world` samples that can't be dealt
-    evenly are left out of that epoch.
+    shuffled again. All processes draw the same order. A global batch has batch_size * accumulation * world samples: rank r
+    takes every world-th of them from r on, and yields them as `accumulation` batches, so that the samples of a step don't
+    depend on how they are divided. The last global batch of an epoch may be smaller; the fewer than `world` samples that
+    can't be dealt evenly are left out of that epoch.
     """
 
-    def __init__(self, lengths, batch_size, seed=0, rank=0, world=1):
-        self.lengths, self.batch_size = lengths, batch_size * world
+    def __init__(self, lengths, batch_size, seed=0, rank=0, world=1, accumulation=1):
+        self.lengths, self.batch_size, self.accumulation = lengths, batch_size, accumulation
         self.seed, self.rank, self.world = seed, rank, world
+        self.used = len(lengths) // world * world
         self.epoch = 0
 
     def set_epoch(self, epoch):
         self.epoch = epoch
 
+    @property
+    def steps(self):
+        """Global batches an epoch."""
+        return math.ceil(self.used / (self.batch_size * self.accumulation * self.world))
+
     def __len__(self):
-        return math.ceil(len(self.lengths) // self.world * self.world / self.batch_size)
+        return math.ceil(self.used / self.world / self.batch_size)
 
     def __iter__(self):
         rng = np.random.default_rng([self.seed, self.epoch])
-        order = rng.permutation(len(self.lengths))[: len(self.lengths) // self.world * self.world]
-        group = 64 * self.batch_size
+        order = rng.permutation(len(self.lengths))[: self.used]
+        size = self.batch_size * self.accumulation * self.world
         # a stable sort by (group, length) keeps the random order among samples of the same length
-        order = order[np.lexsort((self.lengths[order], np.arange(len(order)) // group))]
-        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        for i in rng.permutation(len(batches)):
-            yield batches[i][self.rank :: self.world].tolist()
+        order = order[np.lexsort((self.lengths[order], np.arange(len(order)) // (64 * size)))]
+        whole = len(order) // size
+        for i in [*rng.permutation(whole), *range(whole, self.steps)]:  # the smaller one, if any, is the last
+            own = order[i * size : (i + 1) * size][self.rank :: self.world].tolist()
+            for begin in range(0, len(own), self.batch_size):
+                yield own[begin : begin + self.batch_size]

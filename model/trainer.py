@@ -280,7 +280,9 @@ class Run:
         self.args, self.stage, self.processes = args, stage, processes
         self.model, self.encoder, self.tokenizer = model, encoder, tokenizer
         self.weights_file = weights_file
-        self.sampler = LengthBatches(dataset.lengths, args.batch_size, args.seed, processes.rank, processes.world)
+        self.sampler = LengthBatches(
+            dataset.lengths, args.batch_size, args.seed, processes.rank, processes.world, args.accumulation_steps
+        )
         self.on_gpu = args.device.startswith("cuda")
         self.loader = DataLoader(
             dataset,
@@ -294,7 +296,7 @@ class Run:
         self.dtype = pick_dtype(args.dtype, args.device)
         self.scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=self.dtype == torch.float16)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, fused=args.device != "mps")
-        self.steps = -(-len(self.sampler) // args.accumulation_steps) * args.epochs
+        self.steps = self.sampler.steps * args.epochs
         self.parallel = DistributedDataParallel(model) if processes.world > 1 else model
 
     def train(self):

@@ -192,6 +192,10 @@ def test_processes_share_the_same_global_batches(count):
     assert all(len(a) == len(b) > 0 for a, b in zip(*ranks, strict=True))
     together = [sorted(a + b) for a, b in zip(*ranks, strict=True)]
     assert len({i for batch in together for i in batch}) == count - count % 2
+    parts = list(LengthBatches(lengths, 2, seed=1, accumulation=4))
+    assert all(len(part) == 2 for part in parts[: len(parts) - 1])
+    regrouped = [[i for part in parts[k : k + 4] for i in part] for k in range(0, len(parts), 4)]
+    assert [sorted(batch) for batch in regrouped] == [sorted(batch) for batch in alone]
     if count % 2 == 0:
         assert together == [sorted(batch) for batch in alone]
 

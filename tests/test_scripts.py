@@ -1,6 +1,7 @@
 """The numbered scripts, each as a process of its own, on small files of the real formats."""
 
 import json
+import os
 import random
 import shutil
 import sys
@@ -14,6 +15,7 @@ from dataset import demo
 from model.checkpoint import load_vlm, read_notes, read_weights, tokenizer_fields
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
+from model.trainer import learning_rate_at
 
 PRETRAIN, SFT, CHAT = "1-pretrain_vlm.py", "2-sft_vlm.py", "3-eval_chat.py"
 
@@ -113,38 +115,27 @@ def test_experts_train_in_both_precisions(place, tokenizer):
         assert losses[-1] < losses[0]
 
 
-def test_two_processes_and_accumulation_give_the_losses_of_one(place, tokenizer):
-    """The same global batches of 8: one process, two accumulation steps of 4, two processes of 4."""
+def test_losses_do_not_depend_on_how_a_batch_is_divided(place, tokenizer):
+    """The same global batches of 8 samples: one process, two processes of 4, four accumulation steps of 2."""
     save_llm(place, tokenizer)
-    settings = ["--log_interval", 1, "--learning_rate", 1e-3]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2]
     losses = {}
-    for name, command in {
-        "one": [sys.executable, PRETRAIN, *place.training],
-        "two": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, PRETRAIN, *place.training]
-        + ["--batch_size", 4],
-    }.items():
-        log = place.out / "64_vlm_pretrain.jsonl"
-        log.unlink(missing_ok=True)
-        code, _, err = run(*command, *place.data("pretrain.json"), *settings, OMP_NUM_THREADS="1")
+    for name, command, flags in (
+        ("one process", [sys.executable], []),
+        ("two processes", torchrun, ["--batch_size", 4]),
+        ("accumulation", [sys.executable], ["--batch_size", 2, "--accumulation_steps", 4]),
+    ):
+        (place.out / "64_vlm_pretrain.jsonl").unlink(missing_ok=True)
+        flags += ["--epochs", 4, "--learning_rate", 1e-3, *place.data("pretrain.json")]
+        code, _, err = run(*command, PRETRAIN, *place.training, *flags, OMP_NUM_THREADS="1")
         assert code == 0, err
         losses[name] = [line["loss"] for line in place.log("64_vlm_pretrain")]
-    assert len(losses["one"]) == 6
-    assert losses["two"] == pytest.approx(losses["one"], abs=1e-5)
+    assert len(losses["one process"]) == 24
+    assert losses["two processes"] == pytest.approx(losses["one process"], abs=1e-5)
+    assert losses["accumulation"] == pytest.approx(losses["one process"], abs=1e-5)
 
 
-def test_accumulated_gradient_is_that_of_the_whole_batch(place, tokenizer):
-    from model.trainer import learning_rate_at
-
-    save_llm(place, tokenizer)
-    whole, parts = [], []
-    for batch_size, accumulate, losses in ((48, 1, whole), (6, 8, parts)):
-        log = place.out / "64_vlm_pretrain.jsonl"
-        log.unlink(missing_ok=True)
-        code, _, err = place.pretrain("--batch_size", batch_size, "--accumulation_steps", accumulate, "--epochs", 4)
-        assert code == 0, err
-        losses += [line["loss"] for line in place.log("64_vlm_pretrain")]
-    assert len(whole) == 4  # every step sees all 48 pictures
-    assert parts == pytest.approx(whole, abs=1e-5)
+def test_learning_rate_is_a_cosine_to_a_tenth():
     assert learning_rate_at(0, 10, 1.0, 0) == 1.0 and learning_rate_at(9, 10, 1.0, 0) == pytest.approx(0.1)
     assert learning_rate_at(0, 10, 1.0, 4) < learning_rate_at(3, 10, 1.0, 4) < learning_rate_at(4, 10, 1.0, 4) == 1.0
 
@@ -162,8 +153,6 @@ def test_cached_features_train_alike_and_open_no_picture_again(place, tokenizer,
     for picture in (place.world / "images").glob("train_*"):  # same name, size and time, but no picture any more
         stamp, size = picture.stat().st_mtime_ns, picture.stat().st_size
         picture.write_bytes(b"x" * size)
-        import os
-
         os.utime(picture, ns=(stamp, stamp))
     code, _, err = place.sft("sft.json", "--cache_features")  # another stage over the same pictures
     assert code == 0 and "running CLIP" not in err, err
