@@ -24,7 +24,7 @@ DEMO = {
     "warmup_iters": 20,
 }
 MULTI = {"data_path": "dataset/sft_multi_vlm_data.json", "images_path": "dataset/sft_multi_images"}
-DEMO_MULTI = {**DEMO, "data_path": "dataset/demo_world/sft_multi.json"}
+DEMO_MULTI = {**DEMO, "epochs": 8, "data_path": "dataset/demo_world/sft_multi.json"}
 
 
 def main():
