@@ -1,17 +1,23 @@
-"""Ask a trained model about pictures.
+"""Talk with a trained model about pictures, or let it answer many questions by itself.
 
-python 3-eval_chat.py --demo                   # the demo's pictures, then its score on held-out ones
-python 3-eval_chat.py --demo --multi           # the same for two pictures at a time
-python 3-eval_chat.py                          # every picture of dataset/eval_images, with out/512_vlm_sft.pth
+python 3-eval_chat.py                          # in a terminal: pick pictures and ask, with out/512_vlm_sft.pth
+python 3-eval_chat.py --demo                   # the same with the demo's model
+python 3-eval_chat.py --demo --all             # every question of dataset/eval_images, then the score on held-out pictures
+python 3-eval_chat.py --demo --all --multi     # the same for two pictures at a time
 python 3-eval_chat.py --score FILE --images_path FOLDER     # exact match on a labelled file of the SFT format
 """
 
 import argparse
+import contextlib
+import os
+import shlex
+import sys
+import time
 from pathlib import Path
 
 from dataset import demo
-from model.chat import Chat, read_questions, score
-from model.checkpoint import weights_name
+from model.chat import SETTINGS, Chat, add_chat_arguments, read_questions, score, settings_of
+from model.LMConfig import BadInput
 from model.trainer import (
     DEMO_MODEL,
     add_model_arguments,
@@ -21,22 +27,128 @@ from model.trainer import (
     pick_dtype,
     run_script,
 )
+from model.vision_utils import read_pixels
 
-DEMO = {**DEMO_MODEL, "score": [demo.FOLDER / "score_heldout.json", demo.FOLDER / "score_unseen.json"]}
-DEMO_MULTI = {**DEMO_MODEL, "score": [demo.FOLDER / "score_multi.json"]}
+DEMO = {
+    **DEMO_MODEL,
+    "temperature": 0.0,  # the demo's questions have one right answer
+    "score": [demo.FOLDER / "score_heldout.json", demo.FOLDER / "score_unseen.json"],
+}
+DEMO_MULTI = {**DEMO, "score": [demo.FOLDER / "score_multi.json"]}
+HELP = """\
+/image FILE ...    look at this picture, or at these together; numbers stand for the pictures at hand
+/clear             look at nothing, and pick anew
+/set NAME VALUE    one of {settings}; without a name, show them
+/help  /exit       this text; leave (or Ctrl-D)
+Anything else is a question. Each stands alone: the model sees its pictures, not what was said before.
+Ctrl-C stops an answer."""
 
 
-def show_answers(chat, args):
+# --- in a terminal --------------------------------------------------------------------------------------------------
+
+
+class Terminal:
+    """A talk: the pictures that are being looked at, and how answers are drawn."""
+
+    def __init__(self, chat, folder, settings):
+        self.chat, self.settings = chat, settings
+        self.at_hand = sorted(folder.glob("*.png")) + sorted(folder.glob("*.jpg"))
+        self.pixels, self.picking = [], True
+        self.commands = {"/image": self.look_at, "/clear": self.clear, "/set": self.set, "/help": self.help}
+
+    def run(self):
+        """Reads and answers until `/exit` or the end of the input."""
+        with contextlib.suppress(ImportError):  # Windows' terminal edits by itself
+            import readline  # noqa: F401  gives input() its editing and its history
+        print(
+            f"{self.chat.name}, {self.chat.parameters / 1e6:.1f}M parameters, on {self.chat.device}. /help lists commands."
+        )
+        self.clear()
+        while True:
+            try:
+                line = input("\npicture> " if self.picking else "\n> ").strip()
+                if line == "/exit":
+                    return
+                self.obey(line)
+            except BadInput as problem:
+                print(problem)
+            except KeyboardInterrupt:
+                print("  (/exit leaves)")
+            except EOFError:
+                print()
+                return
+
+    def obey(self, line):
+        command, _, rest = line.partition(" ")
+        if command in self.commands:
+            self.commands[command](rest.strip())
+        elif self.picking or Path(line).is_file():
+            self.look_at(line)
+        elif line.startswith("/"):
+            raise BadInput(f"there is no {command}; /help lists the commands")
+        elif line:
+            self.ask(line)
+
+    def clear(self, _=""):
+        self.pixels, self.picking = [], True
+        print("Pictures at hand (give a number or a file, several to compare them, nothing to ask without one):")
+        for number, file in enumerate(self.at_hand, 1):
+            print(f"{number:>3}  {file}")
+
+    def look_at(self, text):
+        """Reads the pictures that a line names: one file, or several files and numbers."""
+        text = text.strip()
+        names = [text] if Path(text).is_file() else shlex.split(text, posix=os.name == "posix")
+        numbered = {str(number): file for number, file in enumerate(self.at_hand, 1)}
+        files = [numbered.get(name, Path(name.strip("'\"")).expanduser()) for name in names]
+        self.pixels = [read_pixels(file, self.chat.encoder.image_size) for file in files]
+        self.picking = False
+        print(f"looking at {' and '.join(file.name for file in files) or 'nothing'}; ask away")
+
+    def set(self, text):
+        name, _, value = text.partition(" ")
+        if not name:
+            print("\n".join(f"{name} {value}" for name, value in self.settings.items()))
+        elif name not in SETTINGS:
+            raise BadInput(f"there is no setting {name}: it should be one of {', '.join(SETTINGS)}")
+        else:
+            self.settings[name] = SETTINGS[name].read(name, value.strip())
+
+    def help(self, _):
+        print(HELP.format(settings=", ".join(SETTINGS)))
+
+    def ask(self, question):
+        """Prints the answer as it comes, then how fast it came; Ctrl-C ends it."""
+        answer = self.chat.stream(question, self.pixels, **self.settings)
+        begun, first = time.perf_counter(), None
+        try:
+            for piece in answer:
+                first = first or time.perf_counter()
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" [stopped]", end="")
+        count, now = len(answer.token_ids), time.perf_counter()
+        speed = (
+            f", {(count - 1) / (now - first):.0f} tokens/s, the first after {first - begun:.2f} s" if count > 1 else ""
+        )
+        print(f"\n[{count} tokens{speed}]")
+
+
+# --- by itself ------------------------------------------------------------------------------------------------------
+
+
+def show_answers(chat, folder, settings):
     """Every question of the evaluation folder, with its answer as it comes."""
-    for paths, question in read_questions("dataset/eval_multi_images" if args.multi else "dataset/eval_images"):
+    for paths, question in read_questions(folder):
         print(f"\n[{' + '.join(path.name for path in paths)}]\n问: {question}\n答: ", end="", flush=True)
-        for piece in chat.stream(question, paths, args.max_new_tokens, args.temperature, args.top_k):
+        for piece in chat.stream(question, paths, **settings):
             print(piece, end="", flush=True)
         print()
 
 
 def show_score(chat, args):
     """A table of exact matches per kind of question for each labelled file."""
+    demo.build_if_asked_for(args.score[0])
     for file in args.score:
         print(
             f"\n{file}: share of exactly right answers\n{'kind':<12}{'questions':>10}{'right image':>14}{'shuffled image':>17}"
@@ -48,30 +160,23 @@ def show_score(chat, args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
-    parser.add_argument("--weights", help="a .pth file (default: stage 2's, or stage 3's with --multi, in out_dir)")
-    add_switch(parser, "--multi", help="two pictures at a time: dataset/eval_multi_images")
+    add_chat_arguments(parser)
+    add_switch(parser, "--multi", help="the model that was trained on two pictures at a time, and pictures for it")
+    add_switch(parser, "--all", help="no talk, even in a terminal: answer every question of dataset/eval_images")
     parser.add_argument(
         "--score", nargs="+", metavar="FILE", help="answer these labelled files and count the right answers"
     )
     parser.add_argument("--images_path", default="dataset/sft_images", help="folder of the pictures of --score")
-    parser.add_argument("--max_new_tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 always takes the likeliest token")
-    parser.add_argument("--top_k", type=int, default=8)
     given, _ = parser.parse_known_args()
     args = parse_with_demo(parser, DEMO_MULTI if given.multi else DEMO)
-    weights = args.weights or Path(args.out_dir) / weights_name(args, "vlm_sft_multi" if args.multi else "vlm_sft")
-    chat = Chat(
-        weights,
-        args.vision_path,
-        args.tokenizer_path,
-        args.device,
-        pick_dtype(args.dtype, args.device),
-        **model_sizes(args),
-    )
-    if args.demo or not args.score:
-        show_answers(chat, args)
+    chat = Chat.from_arguments(args, pick_dtype(args.dtype, args.device), **model_sizes(args))
+    folder = Path("dataset/eval_multi_images" if args.multi else "dataset/eval_images")
+    if not (args.all or given.score) and sys.stdin.isatty() and sys.stdout.isatty():
+        Terminal(chat, folder, settings_of(args)).run()
+        return
+    if args.all or not given.score:
+        show_answers(chat, folder, settings_of(args))
     if args.score:
-        demo.build_if_asked_for(args.score[0])
         show_score(chat, args)
 
 

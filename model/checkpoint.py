@@ -1,11 +1,14 @@
-"""Files in and out: published .pth weights, our own .pth weights, tokenizers. Loading is strict, saving is atomic."""
+"""Files in and out: .pth weights, transformers folders, tokenizers. Loading is strict, saving is atomic."""
 
 import hashlib
+import inspect
 import json
 import os
 import pickle
 from pathlib import Path
 
+import safetensors
+import safetensors.torch
 import torch
 from transformers import AutoTokenizer
 
@@ -14,6 +17,7 @@ from model.model_vlm import MiniMindVLM
 
 PREFIXES = ("_orig_mod.", "module.")  # left in a file by torch.compile and by data-parallel training
 PROJECTOR = "vision_proj."
+TIED = ("tok_embeddings.weight", "output.weight")  # one tensor; safetensors keeps it under one of its two names
 
 
 def load_tokenizer(folder):
@@ -48,21 +52,32 @@ def weights_name(config_or_args, stage):
 
 
 def read_weights(path):
-    """The tensors of a .pth file under their published names; prefixes and extra buffers of older files are taken off."""
+    """The tensors of a .pth file or of a transformers folder under their published names; prefixes and extra buffers of
+    older files are taken off."""
     path = Path(path)
+    if path.is_dir():
+        files = [path / "model.safetensors", path / "pytorch_model.bin"]
+        path = next((file for file in files if file.exists()), files[0])
     if not path.exists():
         raise BadInput(
             f"{path} not found: run the stage that makes it or download it (see README, 'Which weights start which stage')"
         )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        if path.suffix == ".safetensors":
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, safetensors.SafetensorError) as error:
         raise BadInput(f"{path} is not a whole file of weights ({str(error).splitlines()[0][:120]})") from None
     if not isinstance(state, dict) or not all(torch.is_tensor(tensor) for tensor in state.values()):
         raise BadInput(f"{path} is not a file of weights: expected named tensors")
     for prefix in PREFIXES:
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return {name: tensor for name, tensor in state.items() if not (name.endswith(".mask") or name == "pos_cis")}
+    state = {name: tensor for name, tensor in state.items() if not (name.endswith(".mask") or name == "pos_cis")}
+    for name, twin in (TIED, TIED[::-1]):
+        if twin in state:
+            state.setdefault(name, state[twin])
+    return state
 
 
 def load_vlm(path, config: LMConfig, allow_missing_projector=False):
@@ -99,9 +114,17 @@ def load_vlm(path, config: LMConfig, allow_missing_projector=False):
 
 
 def read_notes(path):
-    """What was written beside a file of weights (config, tokenizer hash, step, ...), or {} for files made elsewhere."""
-    notes = Path(path).with_suffix(".json")
-    return json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {}
+    """What comes with weights: the .json beside a .pth (config, tokenizer hash, step, ...), or the `config.json` of a
+    transformers folder under "config"; {} for a bare .pth made elsewhere."""
+    path = Path(path)
+    notes = path / "config.json" if path.is_dir() else path.with_suffix(".json")
+    if not notes.exists():
+        return {}
+    content = json.loads(notes.read_text(encoding="utf-8"))
+    if not path.is_dir():
+        return content
+    known = inspect.signature(LMConfig.__init__).parameters.keys() - {"self", "kwargs"}
+    return {"config": {name: value for name, value in content.items() if name in known}}
 
 
 def save_weights(path, model, tokenizer, **notes):

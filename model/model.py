@@ -54,10 +54,14 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias=False)
         self.wo = nn.Linear(config.n_heads * self.head_dim, config.dim, bias=False)
 
+    def project(self, x, rotary):
+        """x (B, T, D) -> queries (B, H, T, C), keys and values (B, K, T, C), the first two turned to their places."""
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+        return rotate(q, *rotary), rotate(k, *rotary), v
+
     def forward(self, x, rotary, mask, past_key_values):
         """x (B, T, D); mask (B, 1, T, S), True where a query may look, or None for plain causal attention."""
-        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k, v = self.project(x, rotary)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         y = F.scaled_dot_product_attention(
@@ -183,6 +187,11 @@ class MiniMindLM(PreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, value):
         self.output = value
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask, **kwargs):
+        """Called by transformers' `generate` for caches of fixed size; the pattern is made in `forward` for all caches."""
+        return attention_mask
 
     @torch.no_grad()
     def _init_weights(self, module):

@@ -70,7 +70,6 @@ def add_model_arguments(parser):
     parser.add_argument("--tokenizer_path", default="model/minimind_tokenizer", help="folder of the tokenizer")
     parser.add_argument("--device", default=default_device(), help="cuda, mps or cpu (default: the first at hand)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 or float16 on a GPU, float32 on a CPU")
-    parser.add_argument("--seed", type=int, default=1337)
 
 
 def model_sizes(args):
@@ -86,6 +85,7 @@ def add_training_arguments(parser, learning_rate, data_path, images_path):
     parser.add_argument("--data_path", default=data_path, help="JSON file of records (default %(default)s)")
     parser.add_argument("--images_path", default=images_path, help="folder of its pictures (default %(default)s)")
     parser.add_argument("--from_weights", help="start from this file instead of the previous stage's")
+    parser.add_argument("--seed", type=int, default=1337, help="of random weights and of the order of samples")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch_size", type=int, default=16, help="samples per step and process (default %(default)s)")
     parser.add_argument("--learning_rate", type=float, default=learning_rate, help="its peak (default %(default)s)")

@@ -49,9 +49,8 @@ def read_pixels(path, size):
         with Image.open(path) as image:
             return to_pixels(image, size)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadInput(
-            f"{path} could not be read as a picture ({error}): remove its record or replace the file"
-        ) from None
+        why = getattr(error, "strerror", None) or error
+        raise BadInput(f"{path} could not be read as a picture ({why}): replace it or leave it out") from None
 
 
 class VisionEncoder:

@@ -16,7 +16,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from dataset import demo
-from model.checkpoint import load_tokenizer
+from model.chat import Chat
+from model.checkpoint import load_tokenizer, save_weights, tokenizer_fields
+from model.LMConfig import LMConfig
+from model.model_vlm import MiniMindVLM
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -79,3 +82,40 @@ def tiny_clip(tmp_path):
     )
     CLIPVisionModel(config).save_pretrained(tmp_path / "tiny_clip")
     return tmp_path / "tiny_clip"
+
+
+@pytest.fixture
+def weights(tmp_path, tokenizer):
+    """A random VLM's file. Answers mean nothing but are what they are."""
+    return save_random_vlm(tmp_path / "64_vlm_sft.pth", tokenizer)
+
+
+def save_random_vlm(path, tokenizer, max_seq_len=128):
+    torch.manual_seed(0)
+    config = LMConfig(
+        dim=64,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        max_seq_len=max_seq_len,
+        vision_width=48,
+        image_tokens=5,
+        **tokenizer_fields(tokenizer),
+    )
+    model = MiniMindVLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(5)  # so that answers depend on the question and the picture
+    save_weights(path, model, tokenizer, stage="sft")
+    return path
+
+
+@pytest.fixture
+def chat(weights, tiny_clip):
+    return Chat(weights, tiny_clip, ROOT / "model" / "demo", "cpu", torch.float32)
+
+
+@pytest.fixture
+def pictures(world):
+    return sorted((world / "images").glob("*.jpg"))

@@ -1,72 +1,251 @@
-"""Answers: streamed, batched and scored, and what is refused."""
+"""Answers: streamed, batched and scored; where the model looked; and what is refused."""
 
 import json
+import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
+from transformers import StaticCache, TextIteratorStreamer
 
 from dataset import demo
-from model.chat import Chat, score
-from model.checkpoint import load_tokenizer, save_weights, tokenizer_fields
-from model.LMConfig import BadInput, LMConfig
-from model.model_vlm import MiniMindVLM
+from model.chat import Chat, before, score
+from model.checkpoint import load_tokenizer, load_vlm
+from model.LMConfig import BadInput
+from model.model_vlm import find_placeholders
 
-
-@pytest.fixture
-def weights(tmp_path, tiny_clip, tokenizer):
-    """A random VLM's file. Answers mean nothing but are what they are."""
-    torch.manual_seed(0)
-    config = LMConfig(
-        dim=64,
-        n_layers=2,
-        n_heads=4,
-        n_kv_heads=2,
-        max_seq_len=128,
-        vision_width=48,
-        image_tokens=5,
-        **tokenizer_fields(tokenizer),
-    )
-    model = MiniMindVLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(5)  # so that answers depend on the question and the picture
-    save_weights(tmp_path / "64_vlm_sft.pth", model, tokenizer, stage="sft")
-    return tmp_path / "64_vlm_sft.pth"
-
-
-@pytest.fixture
-def chat(weights, tiny_clip):
-    return Chat(weights, tiny_clip, ROOT / "model" / "demo", "cpu", torch.float32)
+GREEDY = {"temperature": 0}
 
 
 def test_sizes_come_with_the_weights(chat):
     assert (chat.model.config.dim, chat.model.config.n_layers, chat.model.config.image_tokens) == (64, 2, 5)
 
 
-def test_streamed_answer_is_the_batched_one(chat, world):
-    pictures = sorted((world / "images").glob("*.jpg"))[:3]
+def ids_of(chat, text, pictures):
+    return chat.prompt(chat.turns(text, len(pictures)))
+
+
+def generate(chat, text, pictures, **options):
+    """The same question put to transformers' own `generate`: the new token ids."""
+    input_ids = ids_of(chat, text, pictures)
+    output = chat.model.generate(input_ids, image_features=chat.see(pictures), **options)
+    return [token for token in output[0, input_ids.shape[1] :].tolist() if token != chat.config.eos_token_id]
+
+
+def test_streamed_answer_is_the_batched_one(chat, pictures):
     asked = ["颜色？", "图中有几个图形？", "在哪里？"]
     streamed = [
-        "".join(chat.stream(text, [path], max_new_tokens=20)) for text, path in zip(asked, pictures, strict=True)
+        "".join(chat.stream(text, [path], max_new_tokens=20, **GREEDY))
+        for text, path in zip(asked, pictures, strict=False)
     ]
-    prompts = [chat.prompt(text, [path])[0].tolist() for text, path in zip(asked, pictures, strict=True)]
-    batched = chat.answer_all(prompts, [chat.see([path]) for path in pictures], max_new_tokens=20)
+    prompts = [ids_of(chat, text, [path])[0].tolist() for text, path in zip(asked, pictures, strict=False)]
+    batched = chat.answer_all(prompts, [chat.see([path]) for path in pictures[:3]], max_new_tokens=20)
     assert streamed == batched and all(streamed)
 
 
-def test_pictures_without_a_place_come_first(chat, world):
-    picture = next((world / "images").glob("*.jpg"))
-    assert torch.equal(chat.prompt("颜色？", [picture]), chat.prompt("<image>\n颜色？", [picture]))
+def test_generate_writes_the_same_tokens(chat, pictures):
+    """Greedy, with a growing and with a fixed cache, without any, with a repetition penalty; and through a streamer."""
+    answer = chat.stream("两张图有什么不同？", pictures[:2], max_new_tokens=40, **GREEDY)
+    text = "".join(answer)
+    plain = {"max_new_tokens": 40, "do_sample": False}
+    for cache in (
+        {},
+        {"past_key_values": StaticCache(config=chat.config, max_cache_len=128)},
+        {"use_cache": False},
+    ):
+        assert generate(chat, "两张图有什么不同？", pictures[:2], **plain, **cache) == answer.token_ids
+    streamer = TextIteratorStreamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    generate(chat, "两张图有什么不同？", pictures[:2], streamer=streamer, **plain)
+    assert "".join(streamer) == text
+
+    penalised = chat.stream("颜色？", pictures[:1], max_new_tokens=40, repetition_penalty=1.5, **GREEDY)
+    list(penalised)
+    expected = generate(chat, "颜色？", pictures[:1], repetition_penalty=1.5, **plain)
+    assert penalised.token_ids == expected
 
 
-def test_refusals(chat, world, weights, tiny_clip, tokenizer, tmp_path):
-    picture = next((world / "images").glob("*.jpg"))
+def test_sampling_follows_the_seed_and_its_limits(chat, pictures):
+    def tokens(**options):
+        answer = chat.stream("颜色？", pictures[:1], max_new_tokens=30, **options)
+        list(answer)
+        return answer.token_ids
+
+    wild = {"temperature": 2.0, "top_k": 0}
+    assert tokens(seed=7, **wild) == tokens(seed=7, **wild) != tokens(seed=8, **wild)
+    assert tokens(seed=1, temperature=2.0, top_k=1) == tokens(**GREEDY)
+    assert tokens(seed=1, temperature=2.0, top_k=0, top_p=1e-6) == tokens(**GREEDY)
+
+
+def test_nothing_is_lost_between_pieces(chat, pictures):
+    """Of random tokens, which are full of broken characters."""
+    for seed in range(8):
+        answer = chat.stream("颜色？", pictures[:1], max_new_tokens=70, temperature=5.0, top_k=0, seed=seed)
+        pieces = list(answer)
+        assert "".join(pieces) == chat.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+        assert all(pieces) and len(pieces) > 20
+
+
+def say(chat, text):
+    """Makes the model write these tokens and then `</s>`, whatever it is asked."""
+    script = [*chat.tokenizer(text, add_special_tokens=False)["input_ids"], chat.config.eos_token_id]
+    begun = []
+
+    def forward(input_ids, features=None, past_key_values=None, logits_to_keep=0):
+        begun.append(input_ids.shape[1])
+        token = script[min(len(begun), len(script)) - 1]
+        past_key_values.filled = [sum(begun)] * chat.config.n_layers
+        return type("Output", (), {"logits": F.one_hot(torch.tensor([[token]]), chat.config.vocab_size).float()})
+
+    chat.model.forward = forward
+    return script
+
+
+def test_a_character_of_several_tokens_comes_whole(chat):
+    script = say(chat, "猫🐈")
+    answer = chat.stream("?", max_new_tokens=50, **GREEDY)
+    assert list(answer) == ["猫", "🐈"]
+    assert len(script) - 1 == len(answer.token_ids) > 2 and answer.finish_reason == "stop"
+
+
+def test_says_why_it_ended(chat, pictures):
+    answer = chat.stream("颜色？", pictures[:1], max_new_tokens=5, **GREEDY)
+    list(answer)
+    assert answer.finish_reason == "length" and len(answer.token_ids) == 5
+    assert answer.prompt_tokens == ids_of(chat, "颜色？", pictures[:1]).shape[1]
+
+    stop = threading.Event()
+    answer = chat.stream("颜色？", pictures[:1], max_new_tokens=1000, stop_event=stop, **GREEDY)
+    for _ in answer:
+        if len(answer.token_ids) >= 3:
+            stop.set()
+            wanted = len(answer.token_ids)
+    assert answer.finish_reason == "cancelled" and len(answer.token_ids) == wanted
+
+    answer = chat.stream("颜色？", pictures[:1], max_new_tokens=1000, **GREEDY)
+    chat.config.eos_token_id = -1  # from here on, nothing ends it
+    list(answer)
+    assert answer.finish_reason == "context"
+    assert answer.prompt_tokens + len(answer.token_ids) == chat.config.max_seq_len
+
+
+@pytest.mark.parametrize(
+    "stops, text",
+    [(["红色"], "左上角"), (["无"], "左上角红色大圆形"), (["角红", "大圆"], "左上"), (["形。"], "左上角红色大圆形")],
+)
+def test_stop_texts_end_the_answer_before_them(chat, stops, text):
+    pieces = (character for character in "左上角红色大圆形")
+    found = []
+    assert "".join(before(stops, pieces, lambda: found.append(True))) == text
+    assert bool(found) == (text != "左上角红色大圆形")
+    say(chat, "左上角红色大圆形")
+    answer = chat.stream("?", max_new_tokens=50, stop=stops, **GREEDY)
+    assert "".join(answer) == text and answer.finish_reason == "stop"
+
+
+def test_users_at_once_get_what_each_gets_alone(chat, pictures):
+    """Eight threads, each with pictures, a question and sampling of its own."""
+
+    def ask(i, results):
+        options = {"temperature": 1.5, "top_k": 0, "seed": i} if i % 2 else GREEDY
+        answer = chat.stream(f"第{i}张？", pictures[i : i + 1 + i % 3], max_new_tokens=20, **options)
+        results[i] = ("".join(answer), answer.token_ids)
+
+    alone, together = {}, {}
+    for i in range(8):
+        ask(i, alone)
+    threads = [threading.Thread(target=ask, args=(i, together)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone and len({text for text, _ in alone.values()}) > 4
+
+
+def test_several_pictures_are_one_clip_forward(chat, pictures):
+    calls = []
+    chat.encoder.model.register_forward_hook(lambda *_: calls.append(1))
+    list(chat.stream("?", pictures[:3], max_new_tokens=10, **GREEDY))
+    assert len(calls) == 1
+
+
+def test_pictures_without_a_place_come_first(chat, pictures):
+    assert chat.turns("颜色？", 2) == chat.turns("<image>\n<image>\n颜色？", 2)
+
+
+def test_earlier_turns_are_read(chat, pictures):
+    turns = [("system", "简短。"), ("user", "<image>\n颜色？"), ("assistant", "红色"), ("user", "形状？")]
+    answer = chat.stream(turns, pictures[:1], max_new_tokens=20, **GREEDY)
+    alone = chat.stream("形状？", pictures[:1], max_new_tokens=20, **GREEDY)
+    assert "".join(answer) != "".join(alone) and answer.prompt_tokens > alone.prompt_tokens
+
+
+def test_attention_is_that_of_the_softmax(chat, pictures):
+    """Against all of it, computed densely from every query to every key, layer by layer."""
+    answer = chat.stream("颜色？", pictures[:2], max_new_tokens=12, **GREEDY)
+    list(answer)
+    turns = chat.turns("颜色？", 2)
+    shares = chat.attention(turns, pictures[:2], answer.token_ids)
+    assert shares.shape == (2, len(answer.token_ids), 2, 5)
+
+    seen = []
+
+    def attend(q, k, v, **_):
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        scores = q @ k.mT / q.shape[-1] ** 0.5
+        scores += torch.full(scores.shape[-2:], -torch.inf).triu(1)
+        seen.append(scores.softmax(dim=-1))
+        return seen[-1] @ v
+
+    features, prompt = chat.see(pictures[:2]), chat.prompt(turns)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr("model.model.F.scaled_dot_product_attention", attend)
+        chat.model(torch.cat([prompt, torch.tensor([answer.token_ids])], dim=1), features)
+    rows = torch.stack(seen)[:, 0].mean(dim=1)[:, prompt.shape[1] - 1 : -1]  # (layers, A, T)
+    starts = find_placeholders(prompt, chat.config.image_ids)[0].nonzero()[:, 0].tolist()
+    for number, start in enumerate(starts):
+        assert torch.allclose(shares[:, :, number], rows[:, :, start : start + 5], atol=1e-5)
+
+
+def test_a_transformers_folder_answers_like_the_pth(chat, weights, tiny_clip, tokenizer, pictures, tmp_path):
+    folder = tmp_path / "minimind-v"
+    model = load_vlm(weights, chat.config)
+    model.save_pretrained(folder)
+    published = tmp_path / "minimind-v-bin"
+    published.mkdir()
+    for name in ("config.json", "tokenizer"):
+        if name == "tokenizer":
+            tokenizer.save_pretrained(published)
+        else:
+            (published / name).write_text((folder / name).read_text())
+    torch.save(model.state_dict(), published / "pytorch_model.bin")
+    wanted = "".join(chat.stream("颜色？", pictures[:1], max_new_tokens=20, **GREEDY))
+    for place, tokenizer_path in ((folder, ROOT / "model" / "demo"), (published, "nowhere")):
+        other = Chat(place, tiny_clip, tokenizer_path)
+        assert "".join(other.stream("颜色？", pictures[:1], max_new_tokens=20, **GREEDY)) == wanted
+
+
+def test_int8_is_close_and_smaller(chat, weights, tiny_clip, pictures):
+    small = Chat(weights, tiny_clip, ROOT / "model" / "demo", int8=True)
+    prompt = ids_of(chat, "颜色？", pictures[:1])
+    with torch.no_grad():
+        exact, rounded = (one.model(prompt, one.see(pictures[:1])).logits for one in (chat, small))
+    assert F.cosine_similarity(exact.flatten(), rounded.flatten(), dim=0) > 0.98
+    assert not torch.equal(exact, rounded)
+    sizes = [sum(p.numel() for n, p in one.model.named_parameters() if "embed" not in n) for one in (chat, small)]
+    assert sizes[1] < sizes[0] / 20  # only the norms are still float
+    assert list(small.stream("颜色？", pictures[:1], max_new_tokens=5, **GREEDY))
+
+
+def test_refusals(chat, weights, tiny_clip, tokenizer, pictures, tmp_path):
     with pytest.raises(BadInput, match="1 images were given, but the question has 2"):
-        chat.prompt("<image><image>", [picture])
-    with pytest.raises(BadInput, match="the question has .* tokens, the model reads at most 128"):
-        chat.prompt("字" * 200, [])
+        chat.stream("<image><image>", pictures[:1])
+    with pytest.raises(BadInput, match="0 images were given, but the question has 1"):
+        chat.stream("<image>？")
+    with pytest.raises(BadInput, match=r"the question has 188 tokens, the model reads at most 128"):
+        chat.stream("字" * 90)
+    with pytest.raises(BadInput, match="could not be read as a picture"):
+        chat.stream("?", [weights])
     tokenizer_folder = tmp_path / "other_tokenizer"
     other = load_tokenizer(ROOT / "model" / "demo")
     other.add_tokens(["新词"])
@@ -81,7 +260,7 @@ def test_score_counts_exact_answers_per_kind(chat, world, tmp_path):
     records = []
     for number, picture in enumerate(pictures):
         kind = ["colour", "shape"][number % 2]
-        answer = "".join(chat.stream(f"<image>\n{kind}？", [picture], max_new_tokens=48))
+        answer = "".join(chat.stream(f"<image>\n{kind}？", [picture], max_new_tokens=48, **GREEDY))
         records.append(demo.record([picture.name], [(f"<image>\n{kind}？", answer)], kind=kind))
     records[1]["conversations"][1]["content"] += "错"  # one wrong label
     (tmp_path / "score.json").write_text(json.dumps(records), encoding="utf-8")
