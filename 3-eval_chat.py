@@ -12,7 +12,6 @@ import contextlib
 import os
 import shlex
 import sys
-import time
 from pathlib import Path
 
 from dataset import demo
@@ -120,18 +119,18 @@ class Terminal:
     def ask(self, question):
         """Prints the answer as it comes, then how fast it came; Ctrl-C ends it."""
         answer = self.chat.stream(question, self.pixels, **self.settings)
-        begun, first = time.perf_counter(), None
         try:
             for piece in answer:
-                first = first or time.perf_counter()
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
             print(" [stopped]", end="")
-        count, now = len(answer.token_ids), time.perf_counter()
-        speed = (
-            f", {(count - 1) / (now - first):.0f} tokens/s, the first after {first - begun:.2f} s" if count > 1 else ""
-        )
-        print(f"\n[{count} tokens{speed}]")
+        figures = [f"{len(answer.token_ids)} tokens"]
+        if answer.tokens_per_second:
+            figures += [
+                f"{answer.tokens_per_second:.0f} tokens/s",
+                f"the first after {answer.first_token_seconds:.2f} s",
+            ]
+        print(f"\n[{', '.join(figures)}]")
 
 
 # --- by itself ------------------------------------------------------------------------------------------------------

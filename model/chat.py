@@ -3,6 +3,7 @@
 import argparse
 import json
 import random
+import time
 import warnings
 from collections import defaultdict
 from functools import partial
@@ -40,7 +41,8 @@ class Setting(NamedTuple):
         """A number, or text that stands for one, as this setting's value; BadInput if it is none or out of range."""
         try:
             number = self.kind(value)
-            if isinstance(value, bool) or number != float(value) or not self.least <= number <= self.most:
+            fraction = isinstance(value, float) and number != value
+            if isinstance(value, bool) or fraction or not self.least <= number <= self.most:
                 raise ValueError
         except (TypeError, ValueError, OverflowError):
             what = "a whole number" if self.kind is int else "a number"
@@ -326,6 +328,8 @@ class Answer:
     prompt_tokens: length of the question. token_ids: the answer so far, without `</s>`.
     finish_reason: None until the end, then "stop" (`</s>`, or a stop text), "length" (max_new_tokens), "context" (the
     model can read no more) or "cancelled" (stop_event).
+    first_token_seconds: from the beginning of the iteration to the first token, CLIP included. tokens_per_second: of all
+    later ones, `</s>` counted; None until there are some.
     """
 
     def __init__(self, chat, input_ids, pixels, max_new_tokens, steps, dice, stop, stop_event):
@@ -338,7 +342,7 @@ class Answer:
         self.ids = torch.empty(1, self.prompt_tokens + self.limit, dtype=torch.long, device=chat.device)
         self.ids[:, : self.prompt_tokens] = input_ids
         self.token_ids = []
-        self.finish_reason = None
+        self.finish_reason = self.first_token_seconds = self.tokens_per_second = None
 
     def __iter__(self):
         return before(self.stop, self.characters(), self.end) if self.stop else self.characters()
@@ -365,7 +369,7 @@ class Answer:
     @torch.inference_mode()
     def tokens(self):
         """Token ids one by one, until one of the ends."""
-        chat, length = self.chat, self.prompt_tokens
+        chat, length, begun = self.chat, self.prompt_tokens, time.perf_counter()
         cache = KVCache(chat.config, self.ids.shape[1], chat.device, chat.dtype)
         new, features = self.ids[:, :length], chat.see(self.pixels)
         while length < self.ids.shape[1]:
@@ -377,6 +381,11 @@ class Answer:
             new, features = self.ids[:, length : length + 1], None
             length += 1
             token = new.item()
+            seconds = time.perf_counter() - begun
+            if self.first_token_seconds is None:
+                self.first_token_seconds = seconds
+            else:
+                self.tokens_per_second = (length - self.prompt_tokens - 1) / (seconds - self.first_token_seconds)
             if token == chat.config.eos_token_id:
                 self.finish_reason = "stop"
                 return

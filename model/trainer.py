@@ -103,13 +103,13 @@ def add_training_arguments(parser, learning_rate, data_path, images_path):
     )
 
 
-def parse_with_demo(parser, demo):
+def parse_with_demo(parser, demo, flags=None):
     """Parses the command line; `--demo` only puts the defaults `demo` in place of others, and each can still be given."""
     add_switch(parser, "--demo", help="the embedded demo: a drawn picture world and small models, nothing downloaded")
-    args = parser.parse_args()
+    args = parser.parse_args(flags)
     if args.demo:
         parser.set_defaults(**demo)
-        args = parser.parse_args()
+        args = parser.parse_args(flags)
     return args
 
 

@@ -4,13 +4,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.modeling_outputs import CausalLMOutput
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -119,3 +122,17 @@ def chat(weights, tiny_clip):
 @pytest.fixture
 def pictures(world):
     return sorted((world / "images").glob("*.jpg"))
+
+
+def say(chat, text, seconds=0.0):
+    """Makes the model write these tokens and then `</s>`, whatever it is asked, each token in so many seconds."""
+    script = [*chat.tokenizer(text, add_special_tokens=False)["input_ids"], chat.config.eos_token_id]
+
+    def forward(input_ids, features=None, past_key_values=None, logits_to_keep=0):
+        time.sleep(seconds)
+        past_key_values.written = getattr(past_key_values, "written", -1) + 1
+        token = script[min(past_key_values.written, len(script) - 1)]
+        return CausalLMOutput(logits=F.one_hot(torch.tensor([[token]]), chat.config.vocab_size) * 100.0)
+
+    chat.model.forward = forward
+    return script

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, say
 from transformers import StaticCache, TextIteratorStreamer
 
 from dataset import demo
@@ -84,21 +84,6 @@ def test_nothing_is_lost_between_pieces(chat, pictures):
         pieces = list(answer)
         assert "".join(pieces) == chat.tokenizer.decode(answer.token_ids, skip_special_tokens=True)
         assert all(pieces) and len(pieces) > 20
-
-
-def say(chat, text):
-    """Makes the model write these tokens and then `</s>`, whatever it is asked."""
-    script = [*chat.tokenizer(text, add_special_tokens=False)["input_ids"], chat.config.eos_token_id]
-    begun = []
-
-    def forward(input_ids, features=None, past_key_values=None, logits_to_keep=0):
-        begun.append(input_ids.shape[1])
-        token = script[min(len(begun), len(script)) - 1]
-        past_key_values.filled = [sum(begun)] * chat.config.n_layers
-        return type("Output", (), {"logits": F.one_hot(torch.tensor([[token]]), chat.config.vocab_size).float()})
-
-    chat.model.forward = forward
-    return script
 
 
 def test_a_character_of_several_tokens_comes_whole(chat):

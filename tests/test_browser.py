@@ -1,0 +1,243 @@
+"""The chat page in a real browser: Chromium, driven by Playwright."""
+
+import base64
+import os
+import re
+import shutil
+
+import pytest
+from conftest import ROOT, say
+from playwright.sync_api import expect, sync_playwright
+from test_web import serving
+
+from web_server import create_app
+
+FLAGS = ["--no-sandbox", "--headless", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+LONG = "左上角红色大圆形，右下角蓝色小方形。" * 3
+
+
+@pytest.fixture(scope="module")
+def browser():
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        assert not os.environ.get("CI"), "no Chromium here, and .ci/run should have installed one"
+        pytest.skip("no Chromium on this machine: install it to test the page (Debian: apt-get install chromium)")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=[*FLAGS, "--disable-sync"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def app(weights, tiny_clip, monkeypatch):
+    """The model writes one fixed, long answer, a token every 40 ms."""
+    monkeypatch.chdir(ROOT)
+    flags = ["--weights", weights, "--vision_path", tiny_clip, "--tokenizer_path", "model/demo", "--device", "cpu"]
+    app = create_app(*map(str, flags))
+    say(app.chat, LONG, seconds=0.04)
+    return app
+
+
+@pytest.fixture
+def visit(app, browser):
+    """Opens the page: a function of the browser's language, colours and width; afterwards nothing must have gone wrong."""
+    contexts, problems = [], []
+    with serving(app) as address:
+
+        def open_page(locale="zh-CN", colour_scheme="light", width=1000):
+            context = browser.new_context(
+                locale=locale,
+                color_scheme=colour_scheme,
+                viewport={"width": width, "height": 800},
+                has_touch=width < 500,
+            )
+            contexts.append(context)
+            page = context.new_page()
+            page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+            page.on("pageerror", lambda error: problems.append(str(error)))
+            page.on(
+                "request",
+                lambda request: (
+                    None
+                    if request.url.startswith((address, "data:", "blob:"))
+                    else problems.append(f"asked {request.url}")
+                ),
+            )
+            page.goto(address)
+            expect(page.locator("#samples img")).to_have_count(7)
+            return page
+
+        yield open_page
+        for context in contexts:
+            context.close()
+    assert problems == []
+
+
+def drop(page, *files):
+    """Drops picture files on the page, as a person drags them from a folder."""
+    contents = [[file.name, base64.b64encode(file.read_bytes()).decode()] for file in files]
+    page.evaluate(
+        """contents => {
+            const transfer = new DataTransfer();
+            for (const [name, data] of contents) {
+                const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
+                transfer.items.add(new File([bytes], name, { type: "image/jpeg" }));
+            }
+            for (const type of ["dragenter", "dragover", "drop"])
+                document.body.dispatchEvent(new DragEvent(type, { dataTransfer: transfer, bubbles: true, cancelable: true }));
+        }""",
+        contents,
+    )
+
+
+def ask(page, text):
+    page.locator("#question").fill(text)
+    page.locator("#question").press("Enter")
+
+
+def bubble(page, number=-1):
+    return page.locator(".answer .bubble").nth(number)
+
+
+def test_ask_watch_stop_ask_again(visit, app, pictures):
+    page = visit()
+    expect(page.locator("#model")).to_have_text("64_vlm_sft · 0.1M 参数")
+    drop(page, *pictures[:2])
+    expect(page.locator("#thumbnails img")).to_have_count(2)
+    page.locator("#thumbnails button").nth(1).click()
+    expect(page.locator("#thumbnails img")).to_have_count(1)
+
+    ask(page, "左上角什么颜色？")
+    expect(page.locator(".mine .bubble")).to_have_text("左上角什么颜色？")
+    expect(page.locator(".mine img")).to_have_count(1)
+    expect(bubble(page)).to_contain_text("左上角")
+    early = bubble(page).inner_text()
+    assert LONG.startswith(early) and early != LONG  # it streams
+    expect(bubble(page)).to_have_text(LONG)
+    expect(page.locator(".speed")).to_have_text(re.compile(r"^\d+ 个 token，\d+ token/s$"))
+    expect(page.locator("#thumbnails img")).to_have_count(1)  # the next question needs no second upload
+
+    ask(page, "再看看？")
+    expect(bubble(page, 1)).to_contain_text("左上角红色")
+    page.locator("#send-button").click()  # which stops now
+    expect(page.locator(".speed").nth(1)).to_contain_text("已停止")
+    shown, generated = bubble(page, 1).inner_text(), app.generated
+    page.wait_for_timeout(300)
+    assert bubble(page, 1).inner_text() == shown != LONG
+    assert app.generated - generated <= 2  # and the server with it
+
+    page.locator(".answer").nth(1).get_by_role("button", name="重新回答").click()
+    expect(bubble(page, 1)).to_have_text(LONG)
+    page.locator("#clear-button").click()
+    expect(page.locator(".turn")).to_have_count(0)
+    expect(page.locator("#welcome")).to_be_visible()
+
+
+def test_what_it_looked_at(visit, pictures):
+    page = visit("en-US")
+    drop(page, *pictures[:2])
+    ask(page, "?")
+    expect(bubble(page)).to_have_text(LONG)
+    with page.expect_request("**/attention") as request:
+        page.get_by_role("button", name="What it looked at").click()
+    assert len(request.value.post_data_json["token_ids"]) > 20
+    canvases = page.locator(".heat canvas")
+    expect(canvases).to_have_count(2)
+    expect(page.locator(".heat figcaption").first).to_have_text(re.compile(r"^\d+% of this step's attention"))
+    maps = set()
+    for token in range(3):
+        page.locator(".token").nth(token).hover()
+        expect(page.locator(".token.shown")).to_have_count(1)
+        maps.add(canvases.first.evaluate("canvas => canvas.toDataURL()"))
+    page.keyboard.press("ArrowRight")
+    page.locator(".heat select").select_option("2")
+    maps.add(canvases.first.evaluate("canvas => canvas.toDataURL()"))
+    assert len(maps) == 4  # another map for another token or layer
+    page.get_by_role("button", name="Hide").click()
+    expect(canvases).to_have_count(0)
+
+
+def test_samples_and_their_questions(visit):
+    page = visit()
+    page.locator("#samples button").first.click()
+    expect(page.locator("#thumbnails img")).to_have_attribute("alt", "左上角大红色星形.png")
+    page.locator("#chips button").nth(1).click()
+    expect(page.locator(".mine .bubble")).to_have_text("左上角什么颜色？")
+    expect(bubble(page)).to_have_text(LONG)
+
+
+def test_two_languages_remembered(visit):
+    page = visit("en-US")
+    expect(page.locator("h2").nth(1)).to_have_text("Let a tiny model look")
+    expect(page.locator("#hint")).to_contain_text("Each question stands alone")
+    page.locator("#language").click()
+    expect(page.locator("h2").nth(1)).to_have_text("让小小的模型看一看")
+    expect(page.locator("#hint")).to_contain_text("每个问题单独回答")
+    page.reload()
+    expect(page.locator("h2").nth(1)).to_have_text("让小小的模型看一看")
+    assert page.evaluate("document.documentElement.lang") == "zh-CN"
+
+
+def test_settings_reach_the_model(visit):
+    page = visit("en-US")
+    page.locator("#settings-button").click()
+    page.get_by_label("Longest answer, in tokens").fill("3")
+    page.get_by_label("Seed").fill("7")
+    page.keyboard.press("Escape")
+    expect(page.locator("#settings-panel")).to_be_hidden()
+    with page.expect_request("**/completions") as request:
+        ask(page, "?")
+    body = request.value.post_data_json
+    assert (body["max_tokens"], body["seed"], body["temperature"], body["top_k"]) == (3, 7, 0.5, 8)
+    expect(page.locator(".speed")).to_have_text(re.compile("^3 tokens, .* cut at the longest length$"))
+
+
+@pytest.mark.parametrize("colour_scheme", ["light", "dark"])
+def test_a_phone_shows_everything(visit, pictures, colour_scheme):
+    page = visit(colour_scheme=colour_scheme, width=360)
+    drop(page, *pictures[:3])
+    ask(page, "三张图有什么不同？")
+    expect(bubble(page)).to_have_text(LONG)
+    page.get_by_role("button", name="它看了哪里").tap()
+    expect(page.locator(".heat canvas")).to_have_count(3)
+    page.locator(".token").nth(2).tap()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360  # nothing to the side
+    for name in ("#send-button", "#add", "#settings-button", "#language"):
+        box = page.locator(name).bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 360
+    red, green, blue = map(int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).color"))[:3])
+    assert (red + green + blue > 384) == (colour_scheme == "dark")
+
+
+def test_output_is_text_and_never_html(visit, app):
+    page = visit()
+    nasty = '<img src=x onerror="document.title=1"><b>'
+    say(app.chat, nasty)
+    ask(page, nasty)
+    expect(bubble(page)).to_have_text(nasty)
+    assert page.locator(".bubble img, .bubble b").count() == 0 and page.title() == "MiniMind-V"
+
+
+def test_what_the_server_refuses_is_shown(visit, tmp_path):
+    page = visit()
+    ask(page, "")
+    expect(page.locator("#notice")).to_have_text("先写下问题。")
+    assert page.locator(".turn").count() == 0
+    (tmp_path / "note.txt").write_text("?")
+    page.locator("#files").set_input_files(tmp_path / "note.txt")
+    expect(page.locator("#notice")).to_contain_text("note.txt 不是图片")
+    page.locator("#question").fill("第一行")
+    page.locator("#question").press("Shift+Enter")
+    page.locator("#question").press_sequentially("第二行")
+    page.locator("#question").press("Enter")
+    expect(page.locator(".mine .bubble")).to_have_text("第一行\n第二行")
+    expect(bubble(page)).to_have_text(LONG)
+
+
+def test_who_waits_sees_it(visit):
+    first, second = visit(), visit()
+    ask(first, "?")
+    expect(bubble(first)).to_contain_text("左")
+    ask(second, "?")
+    expect(second.locator(".tools")).to_have_text("前面还有 1 位，请稍候……")
+    expect(bubble(second)).to_have_text(LONG, timeout=10_000)

@@ -1,0 +1,480 @@
+"""web_server.py: its API by Flask's client and by the real openai package, its queue, and what it refuses."""
+
+import base64
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+
+import numpy as np
+import openai
+import pytest
+from conftest import ROOT, run_python, say
+from PIL import Image
+
+from web_server import create_app, make_server
+
+
+@pytest.fixture
+def flags(weights, tiny_clip):
+    flags = ["--weights", weights, "--vision_path", tiny_clip, "--tokenizer_path", "model/demo", "--device", "cpu"]
+    return [str(flag) for flag in [*flags, "--temperature", 0]]
+
+
+@pytest.fixture
+def app(flags, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    return create_app(*flags)
+
+
+@pytest.fixture
+def client(app):
+    return app.test_client()
+
+
+@contextlib.contextmanager
+def serving(app):
+    """The application on a real server: its address."""
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.port}"
+    server.shutdown()
+    thread.join()
+
+
+def data_url(path):
+    kind = "png" if path.suffix == ".png" else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def picture_url(image, kind="png"):
+    """A Pillow image as a data: URL."""
+    file = io.BytesIO()
+    image.save(file, kind)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def part(url):
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def question(text, *urls):
+    return [{"role": "user", "content": [*(part(url) for url in urls), {"type": "text", "text": text}]}]
+
+
+def ask(client, **body):
+    return client.post("/v1/chat/completions", json=body)
+
+
+def chunks(response):
+    """The JSON of each event of a streamed answer."""
+    lines = [line for line in response.get_data(as_text=True).splitlines() if line.startswith("data: ")]
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line[6:]) for line in lines[:-1]]
+
+
+# --- answers --------------------------------------------------------------------------------------------------------
+
+
+def test_whole_and_streamed_answers_are_those_of_chat(app, client, pictures):
+    answer = app.chat.stream("颜色？", pictures[:2], max_new_tokens=15, temperature=0)
+    text = "".join(answer)
+    body = {"messages": question("颜色？", *map(data_url, pictures[:2])), "max_tokens": 15, "return_token_ids": True}
+
+    whole = ask(client, **body).get_json()
+    assert whole["choices"][0]["message"] == {"role": "assistant", "content": text, "token_ids": answer.token_ids}
+    assert whole["choices"][0]["finish_reason"] == "length" and whole["model"] == "64_vlm_sft"
+    usage = whole["usage"]
+    assert usage["prompt_tokens"] == answer.prompt_tokens and usage["completion_tokens"] == 15
+    assert usage["total_tokens"] == answer.prompt_tokens + 15 and usage["tokens_per_second"] > 0
+
+    streamed = chunks(ask(client, **body, stream=True, stream_options={"include_usage": True}))
+    deltas = [chunk["choices"][0]["delta"] for chunk in streamed[:-1]]
+    assert "".join(delta.get("content", "") for delta in deltas) == text
+    assert sum((delta.get("token_ids", []) for delta in deltas), []) == answer.token_ids  # noqa: RUF017
+    assert len(deltas) > 5 and streamed[-2]["choices"][0]["finish_reason"] == "length"
+    assert streamed[-1]["choices"] == [] and streamed[-1]["usage"]["completion_tokens"] == 15
+
+
+def test_options_reach_the_model(app, client, pictures):
+    messages = question("颜色？", data_url(pictures[0]))
+
+    def text(**options):
+        return ask(client, messages=messages, max_tokens=20, **options).get_json()["choices"][0]["message"]["content"]
+
+    assert (
+        text(temperature=2, top_k=0, seed=1)
+        == text(temperature=2, top_k=0, seed=1)
+        != text(temperature=2, top_k=0, seed=2)
+    )
+    assert text(temperature=2, top_k=1) == text() == text(max_completion_tokens=20, n=1, user="me", top_p=None)
+    assert text(repetition_penalty=2.0) != text()
+    say(app.chat, "左上角红色大圆形")
+    assert text(stop="大") == text(stop=["大圆", "圆"]) == "左上角红色"
+
+
+def test_earlier_messages_and_parts_are_read(app, client, pictures):
+    url = data_url(pictures[0])
+    messages = [
+        {"role": "system", "content": "简短。"},
+        *question("颜色？", url),
+        {"role": "assistant", "content": "红色", "name": None},
+        {"role": "user", "content": "形状？"},
+    ]
+    turns = [("system", "简短。"), ("user", "<image>\n颜色？"), ("assistant", "红色"), ("user", "形状？")]
+    expected = "".join(app.chat.stream(turns, pictures[:1], max_new_tokens=9, temperature=0))
+    assert ask(client, messages=messages, max_tokens=9).get_json()["choices"][0]["message"]["content"] == expected
+
+    after = [
+        {"role": "user", "content": [{"type": "text", "text": "颜色？"}, part(url)]}
+    ]  # wherever the picture stands
+    placed = [{"role": "user", "content": [part(url), {"type": "text", "text": "<image>\n颜色？"}]}]
+    answers = [
+        ask(client, messages=m, max_tokens=9).get_json()["choices"] for m in (question("颜色？", url), after, placed)
+    ]
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_pictures_of_any_kind_are_read(app, client, pictures):
+    with Image.open(pictures[0]) as image:
+        kinds = [
+            *(picture_url(image, kind) for kind in ("png", "webp", "gif", "bmp", "tiff")),
+            picture_url(image.convert("CMYK"), "jpeg"),
+            picture_url(image.convert("RGBA"), "png"),
+            picture_url(image.convert("P"), "png"),
+            picture_url(Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257), "png"),
+        ]
+    for url in kinds:
+        assert ask(client, messages=question("?", url), max_tokens=2).status_code == 200, url[:40]
+
+
+def test_attention_of_an_answer(app, client, pictures):
+    answer = app.chat.stream("颜色？", pictures[:2], max_new_tokens=6, temperature=0)
+    list(answer)
+    messages = question("颜色？", *map(data_url, pictures[:2]))
+    result = client.post("/attention", json={"messages": messages, "token_ids": answer.token_ids}).get_json()
+    expected = app.chat.attention(app.chat.turns("颜色？", 2), pictures[:2], answer.token_ids)[..., 1:]
+    assert result["grid"] == 2
+    assert np.array(result["shares"]) == pytest.approx(expected.numpy(), abs=1e-5)
+    for body in ({"token_ids": [1]}, {"messages": question("?"), "token_ids": [1]}):
+        assert client.post("/attention", json=body).status_code == 400
+    for ids in ([], [476], [-1], ["1"], [True], [1] * 200, None):
+        response = client.post("/attention", json={"messages": messages, "token_ids": ids})
+        assert response.status_code == 400 and "token_ids should be" in response.get_json()["error"]["message"]
+
+
+# --- the real client ------------------------------------------------------------------------------------------------
+
+
+def test_openai_client(app, pictures):
+    expected = "".join(app.chat.stream("颜色？", pictures[:1], max_new_tokens=15, temperature=0))
+    messages = question("颜色？", data_url(pictures[0]))
+    with serving(app) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        assert [model.id for model in client.models.list()] == ["64_vlm_sft"]
+        assert client.models.retrieve("64_vlm_sft").owned_by == "minimind-v"
+        create = client.chat.completions.create
+        whole = create(model="64_vlm_sft", messages=messages, max_tokens=15, temperature=0)
+        assert whole.choices[0].message.content == expected and whole.usage.completion_tokens == 15
+        stream = create(model="64_vlm_sft", messages=messages, max_tokens=15, temperature=0, stream=True)
+        parts = [chunk.choices[0].delta.content or "" for chunk in stream]
+        assert "".join(parts) == expected and len(parts) > 5
+        with pytest.raises(openai.BadRequestError, match="temperature should be a number from 0 to 2"):
+            create(model="64_vlm_sft", messages=messages, temperature=7)
+        with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-4'; this server has '64_vlm_sft'"):
+            create(model="gpt-4", messages=messages)
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def bomb(width, height):
+    """A PNG that claims to be this large, in a hundred bytes."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    data = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def malformed(good):
+    """(body, what the error says) for every kind of bad request; `good` is a fine picture's URL."""
+
+    def broken(data, kind="jpeg"):
+        return question("?", f"data:image/{kind};base64,{base64.b64encode(data).decode()}")
+
+    content = base64.b64decode(good.split(",")[1])
+    fine = question("?", good)
+    messages = [
+        (None, "messages should be a list"),
+        ([], "messages should be a list"),
+        ("你好", "messages should be a list"),
+        (["你好"], "each message should be an object"),
+        ([{"role": "robot", "content": "?"}], "role should be one of system, user, assistant, not 'robot'"),
+        ([{"role": ["user"], "content": "?"}], "role should be one of"),
+        ([{"role": "user"}], "content should be text or a list of parts"),
+        ([{"role": "user", "content": 7}], "content should be text or a list of parts"),
+        (
+            [{"role": "user", "content": "?", "mood": "good"}],
+            "a message has no field 'mood'; it can have content, name, role",
+        ),
+        ([{"role": "user", "content": ["?"]}], "a part of type None can't be read"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], "a part of type 'audio' can't be read"),
+        ([{"role": "user", "content": [{"type": "text", "text": 1}]}], "should have text under text"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": good}]}],
+            "should have text under image_url.url",
+        ),
+        ([{"role": "system", "content": [part(good)]}], "only user messages can have pictures"),
+        ([*fine, {"role": "assistant", "content": "!"}], "the last message should be the user's question"),
+        (question(""), "the question is empty"),
+        (question(" \n", good), "the question is empty"),
+        (question("字" * 100_000), "the text has over 10000 characters"),
+        (question("字" * 9_000), r"the question has \d+ tokens, the model reads at most 128"),
+        (question("\ud800"), "lone surrogate"),
+        (question("<image>?"), "0 images were given, but the question has 1 <image>"),
+        (question("<image><image>?", good), "1 images were given, but the question has 2 <image>"),
+        (question("?", *[good] * 50), "50 pictures were sent, and the model's context holds 25 at most"),
+        (
+            question("?", "https://example.com/a.png"),
+            "picture 1: only data: URLs are read, this server fetches nothing",
+        ),
+        (question("?", "file:///etc/passwd"), "only data: URLs are read"),
+        (question("?", good, ""), "picture 2: only data: URLs are read"),
+        (question("?", "data:image/png,abc"), "should be in base64"),
+        (question("?", "data:image/png;base64,@@@@"), "its base64 is broken"),
+        (question("?", "data:image/png;base64,图图图图"), "its base64 is broken"),
+        (question("?", "data:image/png;base64,"), "picture 1 can't be read: no picture"),
+        (broken(b"not a picture at all"), "picture 1 can't be read: no picture, or of a kind that is not read"),
+        (broken(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "svg+xml"), "can't be read: no picture"),
+        (broken(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "eps"), "can't be read: no picture"),
+        (broken(content[: len(content) // 2]), "picture 1 can't be read: .*truncated"),
+        (broken(content[:20]), "picture 1 can't be read"),
+        (question("?", bomb(10_000, 10_000)), "picture 1 has 100 megapixels, over 50"),
+        (question("?", bomb(60_000, 60_000)), "picture 1 can't be read: Image size .* exceeds limit"),
+        (question("?", bomb(100, 100)), "picture 1 can't be read"),
+    ]
+    options = [
+        ({"temperature": "hot"}, "temperature should be a number, not 'hot'"),
+        ({"temperature": "0.5"}, "temperature should be a number, not '0.5'"),
+        ({"temperature": -1}, "temperature should be a number from 0 to 2"),
+        ({"temperature": float("nan")}, "temperature should be a number from 0 to 2"),
+        ({"temperature": True}, "temperature should be a number"),
+        ({"max_tokens": 0}, "max_tokens should be a whole number from 1"),
+        ({"max_tokens": 1.5}, "max_tokens should be a whole number"),
+        ({"max_tokens": float("inf")}, "max_tokens should be a whole number"),
+        ({"top_p": 1.1}, "top_p should be a number from 0 to 1"),
+        ({"top_k": [8]}, r"top_k should be a number, not \[8\]"),
+        ({"seed": 2**80}, "seed should be a whole number"),
+        ({"repetition_penalty": 0}, "repetition_penalty should be a number from 0.1"),
+        ({"stop": ["a", ""]}, "stop should be a text, or up to four of them"),
+        ({"stop": ["a"] * 5}, "stop should be a text"),
+        ({"stop": 5}, "stop should be a text"),
+        ({"n": 3}, "n can only be 1 here, not 3"),
+        ({"logprobs": True}, "logprobs can only be False here"),
+        ({"stream": "yes"}, "stream should be true or false"),
+        ({"stream_options": [1]}, "stream_options should be an object"),
+        ({"colour": "red"}, "the request has no field 'colour'; it can have frequency_penalty, "),
+        ({"model": ["64_vlm_sft"]}, "there is no model"),
+    ]
+    return [({"messages": m}, says) for m, says in messages] + [({"messages": fine, **o}, says) for o, says in options]
+
+
+RAW = [
+    (b"", "the request is not valid JSON"),
+    (b"{", "the request is not valid JSON"),
+    (b'{"messages": "\xff\xfe"}', "the request is not valid JSON"),
+    (b"[" * 100_000, "the request is not valid JSON"),
+    (b"9" * 10_000, "the request is not valid JSON"),
+    (b"[1]", "the request should be a JSON object"),
+    (b'"text"', "the request should be a JSON object"),
+]
+
+
+def test_bad_requests_get_one_clear_sentence(client, pictures):
+    good = data_url(pictures[0])
+    bodies = [(json.dumps(body).encode(), says) for body, says in malformed(good)]
+    for body, says in bodies + RAW:
+        response = client.post("/v1/chat/completions", data=body, content_type="application/json")
+        assert response.status_code in (400, 404), (says, response.data[:300])
+        error = response.get_json()["error"]
+        assert re.search(says, error["message"]), error["message"]
+        assert len(error["message"]) < 300 and "\n" not in error["message"] and error["type"] == "invalid_request_error"
+    response = client.post("/v1/chat/completions", data="hello")
+    assert response.status_code == 415 and "application/json" in response.get_json()["error"]["message"]
+    assert client.get("/nowhere").status_code == 404 and client.get("/v1/chat/completions").status_code == 405
+    assert client.get("/v1/models/gpt").get_json()["error"]["message"].startswith("there is no model 'gpt'")
+    for name in ("..%2F..%2FREADME.md", "../questions.json", "nothing.png"):
+        assert client.get(f"/samples/{name}").status_code == 404
+
+
+def test_too_large_is_said(app, client):
+    response = ask(client, messages=question("?", "data:image/png;base64," + "A" * 27_000_000))
+    assert response.status_code == 413 and "picture 1 is over 20 MB" in response.get_json()["error"]["message"]
+    with serving(app) as address:  # over a real connection, the rest of the upload must not hide the answer
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        with pytest.raises(openai.APIStatusError, match="the request is over 28 MB") as caught:
+            client.chat.completions.create(model="64_vlm_sft", messages=question("?", "data:" + "A" * 40_000_000))
+        assert caught.value.status_code == 413
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads its own memory from Linux's /proc")
+def test_two_hundred_bad_requests_do_no_harm(client, pictures):
+    def memory():
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    good = data_url(pictures[0])
+    bodies = [json.dumps(body).encode() for body, _ in malformed(good)] + [body for body, _ in RAW]
+    sizes = []
+    for round_number in range(3):
+        for i in range(200):
+            response = client.post(
+                "/v1/chat/completions", data=bodies[(i + round_number) % len(bodies)], content_type="application/json"
+            )
+            assert 400 <= response.status_code < 500
+        sizes.append(memory())
+    assert sizes[2] - sizes[0] < 30e6, sizes
+    assert ask(client, messages=question("颜色？", good), max_tokens=3).get_json()["usage"]["completion_tokens"] == 3
+    assert client.get("/health").get_json()["waiting"] == 0
+
+
+# --- many visitors --------------------------------------------------------------------------------------------------
+
+
+def at_once(client, bodies):
+    """Sends all at the same time: the responses, in order."""
+    responses = [None] * len(bodies)
+
+    def one(i):
+        with client.application.test_client() as one_client:
+            responses[i] = one_client.post("/v1/chat/completions", json=bodies[i], buffered=True)
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(len(bodies))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return responses
+
+
+def test_sixteen_at_once_get_what_each_gets_alone(flags, pictures, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    client = create_app(*flags, "--queue", "15").test_client()
+    bodies = [
+        {"messages": question(f"第{i}张？", data_url(pictures[i])), "max_tokens": 12, "seed": i, "temperature": i % 2}
+        for i in range(16)
+    ]
+    alone = [ask(client, **body).get_json()["choices"][0] for body in bodies]
+    together = [response.get_json()["choices"][0] for response in at_once(client, bodies)]
+    assert together == alone and len({choice["message"]["content"] for choice in alone}) > 8
+
+
+def test_beyond_the_queue_is_503(app, client):
+    say(app.chat, "左上角红色大圆形", seconds=0.1)
+    responses = at_once(client, [{"messages": question(f"{i}？")} for i in range(16)])
+    assert sorted(response.status_code for response in responses) == [200] * 9 + [503] * 7
+    for response in responses:
+        if response.status_code == 503:
+            assert response.headers["Retry-After"] == "5"
+            assert response.get_json()["error"]["message"] == "8 others are waiting already: try again soon"
+        else:
+            assert response.get_json()["choices"][0]["message"]["content"] == "左上角红色大圆形"
+    assert client.get("/health").get_json()["waiting"] == 0
+
+
+def test_who_waits_is_told_the_place(app, client):
+    say(app.chat, "左上角红色大圆形", seconds=0.2)
+    bodies = [{"messages": question(f"{i}？"), "stream": True} for i in range(3)]
+    texts = [response.get_data(as_text=True) for response in at_once(client, bodies)]
+    waits = sorted([int(n) for n in re.findall(r"^: waiting (\d)$", text, re.MULTILINE)] for text in texts)
+    assert waits[0] == [] and set(waits[1]) == {1} and set(waits[2]) == {1, 2} and waits[2][0] == 2
+    assert all(text.endswith("data: [DONE]\n\n") for text in texts)
+
+
+class Visitor:
+    """A raw connection that asks and can hang up at any moment."""
+
+    def __init__(self, address, **body):
+        host, port = address.removeprefix("http://").split(":")
+        self.socket = socket.create_connection((host, int(port)), timeout=20)
+        data = json.dumps(body).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+        self.socket.sendall(head.encode() + data)
+
+    def read_pieces(self, count):
+        seen = b""
+        while seen.count(b'"content"') < count + 1:  # the first event's is empty
+            seen += self.socket.recv(65536)
+
+    def hang_up(self):
+        self.socket.close()
+
+
+def eventually(true):
+    limit = time.time() + 10
+    while not true():
+        assert time.time() < limit
+        time.sleep(0.01)
+
+
+def test_who_hangs_up_is_forgotten(app):
+    say(app.chat, "左上角红色大圆形" * 20, seconds=0.05)
+    with serving(app) as address:
+        reader = Visitor(address, messages=question("？"), stream=True)
+        reader.read_pieces(3)
+        waiting = Visitor(address, messages=question("？"), stream=True)
+        silent = Visitor(address, messages=question("？"))  # wants the answer whole
+        eventually(lambda: len(app.line.tickets) == 3)
+        waiting.hang_up()
+        eventually(lambda: len(app.line.tickets) == 2)
+        generated = app.generated
+        reader.hang_up()
+        eventually(lambda: len(app.line.tickets) == 1)
+        assert app.generated - generated <= 2
+        silent_began = app.generated
+        eventually(lambda: app.generated > silent_began)
+        generated = app.generated
+        silent.hang_up()
+        eventually(lambda: not app.line.tickets)
+        assert app.generated - generated <= 2
+
+
+# --- the program ----------------------------------------------------------------------------------------------------
+
+
+def test_program_serves_until_it_is_stopped(flags):
+    process = subprocess.Popen(
+        [sys.executable, "web_server.py", *flags, "--port", "0"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        line = process.stdout.readline()
+        address = re.search(r"http://127\.0\.0\.1:\d+", line).group()
+        assert line.startswith("64_vlm_sft, 0.1M parameters")
+        assert openai.OpenAI(base_url=f"{address}/v1", api_key="none").models.list().data[0].id == "64_vlm_sft"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0 and process.stderr.read() == ""
+    finally:
+        process.kill()
+
+
+def test_program_says_what_to_run_first(tmp_path):
+    code, out, err = run_python("web_server.py", "--demo", "--out_dir", tmp_path)
+    assert code == 1 and "Traceback" not in err and not out
+    assert "192_vlm_sft.pth not found: train the demo first" in err and "python 1-pretrain_vlm.py --demo" in err

@@ -1,0 +1,475 @@
+"""The chat page, and the same model behind an API that OpenAI's clients speak.
+
+python web_server.py                     # out/512_vlm_sft.pth on http://127.0.0.1:7788
+python web_server.py --demo              # the demo's model
+python web_server.py --weights FILE --host 0.0.0.0 --port 80
+
+Any other WSGI server can run it in one process with many threads:
+gunicorn --threads 32 'web_server:create_app("--demo")'
+
+GET  /                      the page                       GET  /v1/models        what is served
+POST /v1/chat/completions   ask, streamed or whole         GET  /health           how the server is
+POST /attention             where the model looked         GET  /info             what the page needs to know
+"""
+
+import argparse
+import base64
+import contextlib
+import io
+import json
+import logging
+import select
+import socket
+import sys
+import threading
+import time
+import uuid
+import warnings
+from pathlib import Path
+
+import torch
+from flask import Flask, Response, jsonify, request, send_from_directory
+from PIL import Image
+from werkzeug.exceptions import HTTPException, NotFound, RequestEntityTooLarge, ServiceUnavailable, UnsupportedMediaType
+from werkzeug.serving import make_server
+
+from model.chat import SETTINGS, Chat, add_chat_arguments, read_questions, settings_of
+from model.LMConfig import BadInput
+from model.trainer import (
+    DEMO_MODEL,
+    add_model_arguments,
+    add_switch,
+    model_sizes,
+    parse_with_demo,
+    pick_dtype,
+    run_script,
+)
+from model.vision_utils import to_pixels
+
+DEMO = {**DEMO_MODEL, "temperature": 0.0}  # the demo's questions have one right answer
+
+MB = 1_000_000
+MAX_PICTURE, MAX_REQUEST = 20 * MB, 28 * MB  # in bytes; in base64, a third is added
+MAX_PIXELS = 50 * MB
+MAX_CHARACTERS = 10_000  # far more than fit into the model's context, which is checked by itself
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
+OPTIONS = {name: name for name in SETTINGS} | {
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+}
+del OPTIONS["max_new_tokens"]
+OTHER_FIELDS = {"model", "messages", "stream", "stream_options", "stop", "user", "return_token_ids"}
+NEUTRAL = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False}  # only these values change nothing
+ROLES = ("system", "user", "assistant")
+
+
+# --- requests -------------------------------------------------------------------------------------------------------
+
+
+def check(true, message):
+    if not true:
+        raise BadInput(message)
+
+
+def check_fields(given, allowed, what):
+    for name in given:
+        check(name in allowed, f"{what} has no field {name!r:.50}; it can have {', '.join(sorted(allowed))}")
+
+
+def read_body(allowed):
+    """The JSON object of the request, with nothing in it but `allowed` fields; those that are null are left out."""
+    if not request.is_json:
+        raise UnsupportedMediaType("send JSON, with the header Content-Type: application/json")
+    try:
+        body = json.loads(request.get_data())
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"the request is not valid JSON ({str(error)[:100]})") from None
+    check(isinstance(body, dict), "the request should be a JSON object")
+    check_fields(body, allowed, "the request")
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def read_messages(chat, messages):
+    """OpenAI's messages -> (turns, pixels): the conversation for `Chat.stream`, and its pictures in reading order."""
+    check(isinstance(messages, list) and messages, "messages should be a list of at least one message")
+    turns, urls, characters = [], [], 0
+    for message in messages:
+        check(isinstance(message, dict), "each message should be an object with role and content")
+        check_fields(message, {"role", "content", "name"}, "a message")
+        role = message.get("role")
+        check(role in ROLES, f"role should be one of {', '.join(ROLES)}, not {role!r:.50}")
+        text, pictures = read_content(message.get("content"))
+        check(role == "user" or not pictures, f"only user messages can have pictures, not those of role {role}")
+        characters += len(text)
+        check(characters <= MAX_CHARACTERS, f"the text has over {MAX_CHARACTERS} characters, the most that is read")
+        turns += chat.turns(text, len(pictures)) if role == "user" else [(role, text)]
+        urls += pictures
+    check(turns[-1][0] == "user", "the last message should be the user's question")
+    check(text.replace("<image>", "").strip(), "the question is empty")
+    most = chat.config.max_seq_len // chat.config.image_tokens
+    check(len(urls) <= most, f"{len(urls)} pictures were sent, and the model's context holds {most} at most")
+    return turns, [read_picture(url, number, chat.encoder.image_size) for number, url in enumerate(urls, 1)]
+
+
+def read_content(content):
+    """A message's content, text or a list of parts -> (its text, the URLs of its pictures)."""
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    check(isinstance(content, list), "content should be text or a list of parts")
+    texts, urls = [], []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        check(kind in ("text", "image_url"), f"a part of type {kind!r:.50} can't be read: only text and image_url")
+        value = part.get(kind)
+        if kind == "image_url":
+            value = value.get("url") if isinstance(value, dict) else None
+        check(isinstance(value, str), f"a part of type {kind} should have text under {kind}{'.url' * (kind != 'text')}")
+        (texts if kind == "text" else urls).append(value)
+    text = "\n".join(texts)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadInput("the text holds half a character (a lone surrogate), which is not valid UTF-8") from None
+    return text, urls
+
+
+decoding = threading.Lock()  # one picture at a time is unpacked, so that many visitors don't fill the memory
+
+
+def read_picture(url, number, size):
+    """A picture in a data: URL -> pixels (3, S, S)."""
+    head, _, data = url.partition(",")
+    check(head.startswith("data:"), f"picture {number}: only data: URLs are read, this server fetches nothing")
+    if len(data) * 3 // 4 > MAX_PICTURE:
+        raise RequestEntityTooLarge(f"picture {number} is over {MAX_PICTURE // MB} MB: send a smaller one")
+    try:
+        check(head.endswith(";base64"), f"picture {number}: its data: URL should be in base64")
+        file = io.BytesIO(base64.b64decode(data, validate=True))
+    except ValueError:
+        raise BadInput(f"picture {number}: its base64 is broken") from None
+    with decoding:
+        try:
+            with Image.open(file, formats=FORMATS) as image:
+                pixels = image.width * image.height
+                check(
+                    pixels <= MAX_PIXELS, f"picture {number} has {pixels / MB:.0f} megapixels, over {MAX_PIXELS // MB}"
+                )
+                return to_pixels(image, size)
+        except BadInput:
+            raise
+        except Exception as error:  # noqa: BLE001  Pillow's decoders raise all sorts of things on broken files
+            reason = (
+                "no picture, or of a kind that is not read"
+                if type(error).__name__ == "UnidentifiedImageError"
+                else error
+            )
+            raise BadInput(f"picture {number} can't be read: {str(reason)[:100]}") from None
+
+
+def read_options(body, defaults):
+    """How the answer should be drawn: the arguments of `Chat.stream`."""
+    options = dict(defaults)
+    for field, name in OPTIONS.items():
+        if field in body:
+            check(isinstance(body[field], (int, float)), f"{field} should be a number, not {body[field]!r:.50}")
+            options[name] = SETTINGS[name].read(field, body[field])
+    stop = body.get("stop", [])
+    stop = [stop] if isinstance(stop, str) else stop
+    good = isinstance(stop, list) and len(stop) <= 4 and all(isinstance(text, str) and text for text in stop)
+    check(good, "stop should be a text, or up to four of them")
+    for field, value in NEUTRAL.items():
+        check(body.get(field, value) == value, f"{field} can only be {value!r} here, not {body.get(field)!r:.50}")
+    for field in ("stream", "return_token_ids"):
+        check(isinstance(body.get(field, False), bool), f"{field} should be true or false, not {body.get(field)!r:.50}")
+    check(isinstance(body.get("stream_options", {}), dict), "stream_options should be an object")
+    return {**options, "stop": stop}
+
+
+class Hangup:
+    """A `stop_event` that is set once the one who asked has closed the connection.
+
+    Werkzeug's server hands out the socket; under another server a hang-up shows only when the next piece can't be sent.
+    """
+
+    def __init__(self, environ):
+        self.socket = environ.get("werkzeug.socket")
+
+    def is_set(self):
+        if self.socket is None:
+            return False
+        try:
+            return bool(select.select([self.socket], [], [], 0)[0]) and not self.socket.recv(1, socket.MSG_PEEK)
+        except (OSError, ValueError):
+            return True
+
+
+# --- one model, many visitors ---------------------------------------------------------------------------------------
+
+
+class Line:
+    """Visitors are served one at a time, in the order they came; only so many may wait."""
+
+    def __init__(self, waiting):
+        self.waiting = waiting
+        self.tickets = []
+        self.changed = threading.Condition()
+
+    def join(self):
+        """A ticket for the end of the line; ServiceUnavailable if it is full."""
+        with self.changed:
+            if len(self.tickets) > self.waiting:
+                raise ServiceUnavailable(f"{self.waiting} others are waiting already: try again soon", retry_after=5)
+            self.tickets.append(ticket := object())
+        return ticket
+
+    def ahead(self, ticket):
+        """Yields how many are before this ticket, whenever that changes and every second, until nobody is."""
+        place = None
+        while place != 0:
+            with self.changed:
+                self.changed.wait_for(lambda known=place: self.tickets.index(ticket) != known, timeout=1.0)
+                place = self.tickets.index(ticket)
+            if place:
+                yield place
+
+    def leave(self, ticket):
+        with self.changed:
+            self.tickets.remove(ticket)
+            self.changed.notify_all()
+
+
+# --- the application ------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(flags):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    add_chat_arguments(parser)
+    add_switch(
+        parser, "--multi", help="the model that was trained on two pictures at a time, and sample pictures for it"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default %(default)s)")
+    parser.add_argument("--port", type=int, default=7788)
+    parser.add_argument(
+        "--queue", type=int, default=8, help="how many may wait while one is answered (default %(default)s)"
+    )
+    return parse_with_demo(parser, DEMO, flags)
+
+
+def create_app(*flags):
+    """The Flask application, its model loaded and warmed up. Takes the flags of the command line."""
+    args = parse_arguments(flags)
+    chat = Chat.from_arguments(args, pick_dtype(args.dtype, args.device), **model_sizes(args))
+    chat.warm_up()
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # read_picture has a limit of its own
+    app = Flask(__name__, static_folder="web", static_url_path="/web")
+    app.config["MAX_CONTENT_LENGTH"] = MAX_REQUEST
+    app.json.ensure_ascii = False
+    app.chat, app.line, app.generated = chat, Line(args.queue), 0
+    samples = Path("dataset/eval_multi_images" if args.multi else "dataset/eval_images").absolute()
+    add_page(app, samples, settings_of(args))
+    add_api(app, settings_of(args))
+    app.register_error_handler(HTTPException, tell_error)
+    app.register_error_handler(BadInput, tell_error)
+    return app
+
+
+def tell_error(error):
+    """An error in the shape of OpenAI's API."""
+    status = error.code if isinstance(error, HTTPException) else 400
+    message = error.description if isinstance(error, HTTPException) else str(error)
+    if status == 413 and error.description == RequestEntityTooLarge.description:
+        message = f"the request is over {MAX_REQUEST // MB} MB"
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    response = jsonify(error={"message": message, "type": kind, "param": None, "code": None})
+    response.status_code = status
+    if getattr(error, "retry_after", None):
+        response.headers["Retry-After"] = str(error.retry_after)
+    return response
+
+
+def add_page(app, samples, defaults):
+    """The page, its pictures, and what it needs to know."""
+    chat = app.chat
+
+    @app.after_request
+    def guard(response):
+        """The page loads nothing from elsewhere, and no other page may frame it."""
+        response.headers["Content-Security-Policy"] = (
+            "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+        )
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        response.headers["Referrer-Policy"] = "no-referrer"
+        return response
+
+    @app.get("/")
+    def page():
+        return send_from_directory(app.static_folder, "index.html")
+
+    @app.get("/samples/<name>")
+    def sample(name):
+        return send_from_directory(samples, name)
+
+    @app.get("/info")
+    def info():
+        asked = [
+            {
+                "pictures": [f"samples/{path.name}" for path in paths],
+                "question": question.replace("<image>", "").strip(),
+            }
+            for paths, question in read_questions(samples)
+        ]
+        return {
+            "model": chat.name,
+            "parameters": chat.parameters,
+            "device": str(chat.device),
+            "layers": chat.config.n_layers,
+            "settings": defaults,
+            "limits": {name: [setting.least, setting.most] for name, setting in SETTINGS.items()},
+            "max_pictures": chat.config.max_seq_len // chat.config.image_tokens,
+            "max_picture_bytes": MAX_PICTURE,
+            "max_request_bytes": MAX_REQUEST,
+            "samples": asked,
+        }
+
+    @app.get("/health")
+    def health():
+        visitors = len(app.line.tickets)
+        return {"status": "ok", "model": chat.name, "waiting": max(0, visitors - 1), "generated_tokens": app.generated}
+
+
+def add_api(app, defaults):
+    """What OpenAI's clients call, and the attention behind an answer."""
+    chat, line = app.chat, app.line
+    model = {"id": chat.name, "object": "model", "created": int(time.time()), "owned_by": "minimind-v"}
+
+    def check_model(name):
+        if name != chat.name:
+            raise NotFound(f"there is no model {name!r:.80}; this server has {chat.name!r}")
+
+    @app.get("/v1/models")
+    def models():
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/<name>")
+    def one_model(name):
+        check_model(name)
+        return model
+
+    @app.post("/v1/chat/completions")
+    def completions():
+        body = read_body(OTHER_FIELDS | OPTIONS.keys() | NEUTRAL.keys())
+        check_model(body.get("model", chat.name))
+        options = read_options(body, defaults)
+        turns, pixels = read_messages(chat, body.get("messages"))
+        hangup = Hangup(request.environ)
+        answer = chat.stream(turns, pixels, stop_event=hangup, **options)
+        ticket = line.join()
+        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chat.name}
+        if body.get("stream"):
+            response = Response(events(answer, ticket, hangup, head, body), mimetype="text/event-stream")
+            response.headers.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+            response.call_on_close(lambda: line.leave(ticket))
+            return response
+        try:
+            for _ in line.ahead(ticket):
+                if hangup.is_set():
+                    return "", 499  # nobody reads it
+            text = "".join(counted(answer))
+        finally:
+            line.leave(ticket)
+        message = {"role": "assistant", "content": text}
+        if body.get("return_token_ids"):
+            message["token_ids"] = answer.token_ids
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish(answer)}
+        return {**head, "object": "chat.completion", "choices": [choice], "usage": usage(answer)}
+
+    def counted(answer):
+        """The answer's pieces; counts its tokens for /health."""
+        seen = 0
+        for piece in answer:
+            app.generated += len(answer.token_ids) - seen
+            seen = len(answer.token_ids)
+            yield piece
+
+    def events(answer, ticket, hangup, head, body):
+        """Server-sent events: one a piece, the end, and before them, as comments, how many are waiting ahead."""
+
+        def chunk(delta, finish_reason=None):
+            choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+            return event({**head, "object": "chat.completion.chunk", "choices": [choice]})
+
+        for place in line.ahead(ticket):
+            if hangup.is_set():
+                return
+            yield f": waiting {place}\n\n"
+        yield chunk({"role": "assistant", "content": ""})
+        sent = 0
+        for piece in counted(answer):
+            ids = {"token_ids": answer.token_ids[sent:]} if body.get("return_token_ids") else {}
+            sent = len(answer.token_ids)
+            yield chunk({"content": piece, **ids})
+        yield chunk({}, finish(answer))
+        if body.get("stream_options", {}).get("include_usage"):
+            yield event({**head, "object": "chat.completion.chunk", "choices": [], "usage": usage(answer)})
+        yield "data: [DONE]\n\n"
+
+    @app.post("/attention")
+    def attention():
+        """{"messages": as asked, "token_ids": the answer's} -> for each layer, token and picture, a share per patch."""
+        body = read_body({"messages", "token_ids"})
+        turns, pixels = read_messages(chat, body.get("messages"))
+        check(pixels, "there is no picture in the messages")
+        ids, room = body.get("token_ids"), chat.config.max_seq_len - chat.prompt(turns).shape[1]
+        good = isinstance(ids, list) and all(type(i) is int and 0 <= i < chat.config.vocab_size for i in ids)
+        check(
+            good and 0 < len(ids) <= room,
+            f"token_ids should be 1 to {room} token ids, from 0 to {chat.config.vocab_size - 1}",
+        )
+        ticket = line.join()
+        try:
+            for _ in line.ahead(ticket):
+                pass
+            shares = chat.attention(turns, pixels, ids)[..., 1:]  # without the class token, which has no place
+        finally:
+            line.leave(ticket)
+        return {"grid": round(shares.shape[-1] ** 0.5), "shares": torch.round(shares.float(), decimals=5).tolist()}
+
+
+def finish(answer):
+    """Why the answer ended, in OpenAI's words."""
+    return "stop" if answer.finish_reason == "stop" else "length"
+
+
+def usage(answer):
+    """OpenAI's counts, and how fast the answer came."""
+    new = len(answer.token_ids)
+    return {
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": new,
+        "total_tokens": answer.prompt_tokens + new,
+        "first_token_seconds": answer.first_token_seconds,
+        "tokens_per_second": answer.tokens_per_second,
+    }
+
+
+def event(content):
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+def main():
+    args = parse_arguments(sys.argv[1:])
+    app = create_app(*sys.argv[1:])
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no line for every request
+    server = make_server(args.host, args.port, app, threaded=True)
+    print(
+        f"{app.chat.name}, {app.chat.parameters / 1e6:.1f}M parameters: http://{args.host}:{server.port} (Ctrl-C stops)",
+        flush=True,
+    )
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()
+
+
+if __name__ == "__main__":
+    run_script(main)
