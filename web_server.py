@@ -18,7 +18,7 @@ import contextlib
 import io
 import json
 import logging
-import select
+import selectors
 import socket
 import sys
 import threading
@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 from flask import Flask, Response, jsonify, request, send_from_directory
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from werkzeug.exceptions import HTTPException, NotFound, RequestEntityTooLarge, ServiceUnavailable, UnsupportedMediaType
 from werkzeug.serving import make_server
 
@@ -158,13 +158,10 @@ def read_picture(url, number, size):
                 return to_pixels(image, size)
         except BadInput:
             raise
+        except UnidentifiedImageError:
+            raise BadInput(f"picture {number} can't be read: no picture, or of a kind that is not read") from None
         except Exception as error:  # noqa: BLE001  Pillow's decoders raise all sorts of things on broken files
-            reason = (
-                "no picture, or of a kind that is not read"
-                if type(error).__name__ == "UnidentifiedImageError"
-                else error
-            )
-            raise BadInput(f"picture {number} can't be read: {str(reason)[:100]}") from None
+            raise BadInput(f"picture {number} can't be read: {str(error)[:100]}") from None
 
 
 def read_options(body, defaults):
@@ -199,7 +196,9 @@ class Hangup:
         if self.socket is None:
             return False
         try:
-            return bool(select.select([self.socket], [], [], 0)[0]) and not self.socket.recv(1, socket.MSG_PEEK)
+            with selectors.DefaultSelector() as selector:
+                selector.register(self.socket, selectors.EVENT_READ)
+                return bool(selector.select(0)) and not self.socket.recv(1, socket.MSG_PEEK)
         except (OSError, ValueError):
             return True
 

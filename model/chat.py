@@ -100,7 +100,7 @@ class Chat:
         if (weights / "tokenizer.json").exists():
             tokenizer_path = weights
         notes = read_notes(weights)
-        self.name = weights.stem
+        self.name = weights.name.removesuffix(".pth")
         self.tokenizer = load_tokenizer(tokenizer_path)
         self.encoder = load_vision(vision_path, device, dtype)
         if notes.get("tokenizer", tokenizer_hash(self.tokenizer)) != tokenizer_hash(self.tokenizer):
@@ -264,9 +264,10 @@ def quantize(model, device):
         raise BadInput(
             f"PyTorch {torch.__version__} has no torch.ao.quantization any more: install the version of requirements.txt"
         ) from None
-    with (
-        warnings.catch_warnings()
-    ):  # it is to be replaced by torchao, which is slower on a CPU (tests/benchmarks/LOG.md)
+    for parameter in model.parameters():  # a single float32 tensor left would keep the file it is mapped from in memory
+        parameter.data = parameter.data.clone()
+    # it warns that torchao is to take its place one day; that is slower on a CPU now (tests/benchmarks/LOG.md)
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         quantize_dynamic(model, {nn.Linear: per_channel_dynamic_qconfig}, inplace=True)
 
