@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -62,6 +63,11 @@ def run(*command, **environment):
 
 def run_python(script, *arguments, **environment):
     return run(sys.executable, script, *arguments, **environment)
+
+
+def heed_interrupts():
+    """For a new process: Ctrl-C ends it, even if the tests run in the background, where it would be ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ import zlib
 import numpy as np
 import openai
 import pytest
-from conftest import ROOT, run_python, say
+from conftest import ROOT, heed_interrupts, run_python, say
 from PIL import Image
 
 from web_server import create_app, make_server
@@ -462,6 +462,7 @@ def test_program_serves_until_it_is_stopped(flags):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_interrupts,  # noqa: PLW1509  no thread of the test runs while this does
     )
     try:
         line = process.stdout.readline()
