@@ -59,9 +59,7 @@ class Terminal:
         """Reads and answers until `/exit` or the end of the input."""
         with contextlib.suppress(ImportError):  # Windows' terminal edits by itself
             import readline  # noqa: F401  gives input() its editing and its history
-        print(
-            f"{self.chat.name}, {self.chat.parameters / 1e6:.1f}M parameters, on {self.chat.device}. /help lists commands."
-        )
+        print("/help lists the commands.")
         self.clear()
         while True:
             try:
@@ -169,6 +167,7 @@ def main():
     given, _ = parser.parse_known_args()
     args = parse_with_demo(parser, DEMO_MULTI if given.multi else DEMO)
     chat = Chat.from_arguments(args, pick_dtype(args.dtype, args.device), **model_sizes(args))
+    print(chat.loaded)
     folder = Path("dataset/eval_multi_images" if args.multi else "dataset/eval_images")
     if not (args.all or given.score) and sys.stdin.isatty() and sys.stdout.isatty():
         Terminal(chat, folder, settings_of(args)).run()

@@ -462,10 +462,7 @@ def main():
     app = create_app(*sys.argv[1:])
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no line for every request
     server = make_server(args.host, args.port, app, threaded=True)
-    print(
-        f"{app.chat.name}, {app.chat.parameters / 1e6:.1f}M parameters: http://{args.host}:{server.port} (Ctrl-C stops)",
-        flush=True,
-    )
+    print(f"{app.chat.loaded}\nopen http://{args.host}:{server.port} (Ctrl-C stops)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
 

@@ -20,7 +20,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from model.checkpoint import load_tokenizer, load_vlm, read_notes, tokenizer_fields, tokenizer_hash, weights_name
+from model.checkpoint import (
+    load_tokenizer,
+    load_vlm,
+    read_notes,
+    tokenizer_fields,
+    tokenizer_warning,
+    weights_name,
+)
 from model.dataset import encode_conversations, encode_prompt, parse_record, read_records, split_at_images
 from model.LMConfig import BadInput, LMConfig
 from model.model import rotary_angles
@@ -95,6 +102,7 @@ class Chat:
 
         int8: store the matrices of the language model and of CLIP in 8 bits (CPU only).
         sizes: LMConfig fields, for weights that come without a config of their own. BadInput says what is missing.
+        `loaded` is a line about what was loaded, and a warning if there is one.
         """
         weights = Path(weights)
         if (weights / "tokenizer.json").exists():
@@ -103,11 +111,11 @@ class Chat:
         self.name = weights.name.removesuffix(".pth")
         self.tokenizer = load_tokenizer(tokenizer_path)
         self.encoder = load_vision(vision_path, device, dtype)
-        if notes.get("tokenizer", tokenizer_hash(self.tokenizer)) != tokenizer_hash(self.tokenizer):
-            raise BadInput(f"{weights} was trained with another tokenizer than the one in {tokenizer_path}")
         config = LMConfig(**{**sizes, **notes.get("config", {}), **tokenizer_fields(self.tokenizer)})
         config.vision_width, config.image_tokens = self.encoder.vision_width, self.encoder.image_tokens
-        self.model = load_vlm(weights, config).to(device=device, dtype=dtype).eval()
+        model, loaded = load_vlm(weights, config, self.tokenizer)
+        self.loaded = "\n".join(filter(None, [loaded, tokenizer_warning(weights, self.tokenizer)]))
+        self.model = model.to(device=device, dtype=dtype).eval()
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.config, self.device, self.dtype = config, torch.device(device), dtype
         if int8:

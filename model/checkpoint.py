@@ -16,8 +16,13 @@ from model.LMConfig import BadInput, LMConfig
 from model.model_vlm import MiniMindVLM
 
 PREFIXES = ("_orig_mod.", "module.")  # left in a file by torch.compile and by data-parallel training
-PROJECTOR = "vision_proj."
+EXTRAS = ("pos_cis", ".mask")  # buffers of older files
+PROJECTOR, VISION = "vision_proj.", "vision_encoder."
 TIED = ("tok_embeddings.weight", "output.weight")  # one tensor; safetensors keeps it under one of its two names
+PUBLISHED_TOKENIZER = "64ac8f6e290e6c15"  # tokenizer_hash of minimind_tokenizer
+
+
+# --- tokenizers -----------------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(folder):
@@ -32,8 +37,9 @@ def load_tokenizer(folder):
 
 
 def tokenizer_hash(tokenizer):
-    """Short hash of the vocabulary and merges, kept beside weights to tell which tokenizer they were trained with."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+    """Short hash of all tokens and their ids, kept beside weights to tell which tokenizer they were trained with."""
+    tokens = sorted((i, token) for token, i in tokenizer.get_vocab().items())
+    return hashlib.sha256("\n".join(f"{i} {token}" for i, token in tokens).encode()).hexdigest()[:16]
 
 
 def tokenizer_fields(tokenizer):
@@ -46,14 +52,16 @@ def tokenizer_fields(tokenizer):
     }
 
 
+# --- weights in -----------------------------------------------------------------------------------------------------
+
+
 def weights_name(config_or_args, stage):
     """`512_moe_vlm_sft.pth` and the like, for anything with `dim` and `use_moe`."""
     return f"{config_or_args.dim}{'_moe' if config_or_args.use_moe else ''}_{stage}.pth"
 
 
-def read_weights(path):
-    """The tensors of a .pth file or of a transformers folder under their published names; prefixes and extra buffers of
-    older files are taken off."""
+def weights_file(path):
+    """The file with the tensors: the path itself, or what a transformers folder has."""
     path = Path(path)
     if path.is_dir():
         files = [path / "model.safetensors", path / "pytorch_model.bin"]
@@ -62,55 +70,36 @@ def read_weights(path):
         raise BadInput(
             f"{path} not found: run the stage that makes it or download it (see README, 'Which weights start which stage')"
         )
+    return path
+
+
+def read_weights(path):
+    """The language model's and the projector's tensors in a .pth file or a transformers folder, under their published names.
+
+    Prefixes and extra buffers of older files are taken off, and a CLIP that comes along is left out. Code in the file is
+    never run. BadInput says what is wrong with the file.
+    """
+    path = weights_file(path)
     try:
         if path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, safetensors.SafetensorError) as error:
-        raise BadInput(f"{path} is not a whole file of weights ({str(error).splitlines()[0][:120]})") from None
+        if "GLOBAL" in str(error):  # the pickle wants to call something
+            raise BadInput(f"{path} holds more than tensors, and to load it would run code: refused") from None
+        raise BadInput(f"{path} is not a whole file of weights: copy or download it again") from None
     if not isinstance(state, dict) or not all(torch.is_tensor(tensor) for tensor in state.values()):
         raise BadInput(f"{path} is not a file of weights: expected named tensors")
     for prefix in PREFIXES:
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    state = {name: tensor for name, tensor in state.items() if not (name.endswith(".mask") or name == "pos_cis")}
+    state = {name: state[name] for name in state if not name.endswith(EXTRAS) and not name.startswith(VISION)}
     for name, twin in (TIED, TIED[::-1]):
         if twin in state:
             state.setdefault(name, state[twin])
+    if TIED[0] not in state:
+        raise BadInput(f"{path} holds no MiniMind: it has no {TIED[0]}, but {next(iter(state), 'nothing')}")
     return state
-
-
-def load_vlm(path, config: LMConfig, allow_missing_projector=False):
-    """A `MiniMindVLM` in float32 with the weights of a file.
-
-    A projector bias in the file turns `config.vision_bias` on. Everything else must fit exactly; only the projector may be
-    missing, and only where the stage starts from a language model. BadInput names the first difference.
-    """
-    state = read_weights(path)
-    config.vision_bias = f"{PROJECTOR}vision_proj.0.bias" in state
-    model = MiniMindVLM(config)
-    expected = model.state_dict()
-    missing = [name for name in expected if name not in state]
-    has_projector = not any(name.startswith(PROJECTOR) for name in missing)
-    if allow_missing_projector:
-        missing = [name for name in missing if not name.startswith(PROJECTOR)]
-    elif not has_projector and all(name.startswith(PROJECTOR) for name in missing):
-        raise BadInput(f"{path} holds a language model without a vision projector: run 1-pretrain_vlm.py on it first")
-    unexpected = [name for name in state if name not in expected]
-    if missing or unexpected:
-        what = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which this model does not"
-        raise BadInput(
-            f"{path} {what} ({len(missing)} missing, {len(unexpected)} unexpected tensors): "
-            "check --dim, --n_layers and --use_moe"
-        )
-    for name, tensor in state.items():
-        if tensor.shape != expected[name].shape:
-            raise BadInput(
-                f"{path}: {name} is {tuple(tensor.shape)}, the model wants {tuple(expected[name].shape)}: "
-                "check --dim, --vision_path and --tokenizer_path"
-            )
-    model.load_state_dict(state, strict=False)  # only the projector can be missing by now
-    return model
 
 
 def read_notes(path):
@@ -124,27 +113,122 @@ def read_notes(path):
     if not path.is_dir():
         return content
     known = inspect.signature(LMConfig.__init__).parameters.keys() - {"self", "kwargs"}
-    return {"config": {name: value for name, value in content.items() if name in known}}
+    return {**content.get("notes", {}), "config": {name: content[name] for name in content if name in known}}
+
+
+def sizes_of(state):
+    """The LMConfig fields that the tensors of a model tell, in the order in which a misfit is best explained."""
+    layers = [int(name.split(".")[1]) for name in state if name.startswith("layers.")]
+    gate = state.get("layers.0.feed_forward.gate.weight")
+    projector = state.get(f"{PROJECTOR}vision_proj.0.weight")
+    sizes = {
+        "vocab_size": len(state[TIED[0]]),
+        "dim": state[TIED[0]].shape[1],
+        "n_layers": max(layers, default=-1) + 1,
+        "use_moe": gate is not None,
+        "n_routed_experts": None if gate is None else len(gate),
+        "vision_width": None if projector is None else projector.shape[1],
+    }
+    return {name: value for name, value in sizes.items() if value is not None}
+
+
+def check_fits(path, state, config, tokenizer):
+    """BadInput names the first thing in which a file differs from the model that is wanted, and the likely cause."""
+    notes, found = read_notes(path), sizes_of(state)
+    if "vision_width" in found:
+        found["image_tokens"] = notes.get("config", {}).get("image_tokens", config.image_tokens)
+    clip = "it was trained with another CLIP, which --vision_path should name"
+    hints = {
+        "vocab_size": "it was trained with another tokenizer, which --tokenizer_path should name",
+        "vision_width": clip,
+        "image_tokens": clip,
+    }
+    for name, value in found.items():
+        if value != getattr(config, name):
+            hint = hints.get(name, f"use --{name} {value}, or other weights")
+            raise BadInput(f"{path} has {name} {value}, and {getattr(config, name)} is wanted: {hint}")
+    if notes.get("tokenizer", tokenizer_hash(tokenizer)) != tokenizer_hash(tokenizer):
+        raise BadInput(
+            f"{path} was trained with another tokenizer of the same size, which --tokenizer_path should name"
+        )
+
+
+def load_vlm(path, config: LMConfig, tokenizer, allow_missing_projector=False):
+    """A `MiniMindVLM` in float32 with the weights of a .pth file or a transformers folder, and a line about what was loaded.
+
+    A projector bias in the file turns `config.vision_bias` on. Everything else must fit exactly; only the projector may be
+    missing, and only where the stage starts from a language model. BadInput names the first difference.
+    """
+    state = read_weights(path)
+    check_fits(path, state, config, tokenizer)
+    has_projector = f"{PROJECTOR}vision_proj.0.weight" in state
+    if not has_projector and not allow_missing_projector:
+        raise BadInput(f"{path} holds a language model without a vision projector: run 1-pretrain_vlm.py on it first")
+    config.vision_bias = f"{PROJECTOR}vision_proj.0.bias" in state
+    model = MiniMindVLM(config)
+    expected = {name: tensor for name, tensor in model.state_dict().items() if has_projector or PROJECTOR not in name}
+    missing, unexpected = ([name for name in a if name not in b] for a, b in ((expected, state), (state, expected)))
+    if missing or unexpected:
+        what = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which this model does not"
+        raise BadInput(
+            f"{path} {what} ({len(missing)} missing, {len(unexpected)} unexpected tensors): it is not whole, or not a MiniMind v1"
+        )
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            shapes = f"{tuple(tensor.shape)}, the model wants {tuple(expected[name].shape)}"
+            raise BadInput(f"{path}: {name} is {shapes}: check --n_heads and --n_kv_heads")
+    model.load_state_dict(state, strict=False)  # only the projector can be missing by now
+    return model, describe(path, state)
+
+
+def describe(path, state):
+    """One line about weights: file, size, parameters, and what they are of."""
+    megabytes = weights_file(path).stat().st_size / 1e6
+    parameters = sum(tensor.numel() for name, tensor in state.items() if name != TIED[1])
+    bias = " with a bias" if f"{PROJECTOR}vision_proj.0.bias" in state else ""
+    parts = "language model" + (f" and projector{bias}" if any(PROJECTOR in name for name in state) else "")
+    return f"loaded {path}: {megabytes:.1f} MB, {parameters:,} parameters of {parts}"
+
+
+def tokenizer_warning(path, tokenizer):
+    """A sentence where nothing tells that the weights were trained with this tokenizer; None where all is well."""
+    if "tokenizer" in read_notes(path) or tokenizer_hash(tokenizer) == PUBLISHED_TOKENIZER:
+        return None
+    return (
+        f"warning: {path} does not say which tokenizer it was trained with, and this one is not the published "
+        "minimind_tokenizer: should answers be garbled, look there first"
+    )
+
+
+# --- weights out ----------------------------------------------------------------------------------------------------
 
 
 def save_weights(path, model, tokenizer, **notes):
     """Writes the weights under their published names, and `notes` in a .json beside them. Neither is ever half written."""
+    write_weights(path, model.state_dict(), {**notes, **origin(model.config, tokenizer)})
+
+
+def origin(config, tokenizer):
+    """The notes by which weights are later known to fit a model and its tokenizer."""
+    return {"tokenizer": tokenizer_hash(tokenizer), "config": json.loads(config.to_json_string())}
+
+
+def write_weights(path, state, notes):
+    """Named tensors and what is to be known of them, as `save_weights` does."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    notes = {**notes, "tokenizer": tokenizer_hash(tokenizer), "config": json.loads(model.config.to_json_string())}
-    replace_file(path, lambda partial: torch.save(model.state_dict(), partial))
-    replace_file(
-        path.with_suffix(".json"),
-        lambda partial: partial.write_text(json.dumps(notes, ensure_ascii=False, indent=1), encoding="utf-8"),
-    )
+    replace_file(path, lambda f: torch.save(state, f))
+    text = json.dumps(notes, ensure_ascii=False, indent=1)
+    replace_file(path.with_suffix(".json"), lambda f: f.write(text.encode()))
 
 
 def replace_file(path, write):
-    """Calls write(temporary path) and puts the result, once it is on disk, in the place of `path`."""
+    """Calls write(open file) on a temporary file and puts it, once it is on disk, in the place of `path`."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        write(partial)
-        with open(partial, "rb+") as f:
+        with open(partial, "wb") as f:
+            write(f)
+            f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
     finally:

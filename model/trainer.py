@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model.checkpoint import load_tokenizer, load_vlm, save_weights, tokenizer_fields
+from model.checkpoint import load_tokenizer, load_vlm, save_weights, tokenizer_fields, tokenizer_warning
 from model.dataset import LengthBatches, Pictures, VLMDataset, collate
 from model.LMConfig import BadInput, LMConfig
 from model.model_vlm import MiniMindVLM
@@ -184,7 +184,12 @@ def prepare(args, weights, allow_missing_projector):
         **tokenizer_fields(tokenizer),
     )
     torch.manual_seed(args.seed)
-    model = load_vlm(weights, config, allow_missing_projector) if weights else MiniMindVLM(config)
+    if weights:
+        model, loaded = load_vlm(weights, config, tokenizer, allow_missing_projector)
+        if int(os.environ.get("RANK", "0")) == 0:
+            print("\n".join(filter(None, [loaded, tokenizer_warning(weights, tokenizer)])), flush=True)
+    else:
+        model = MiniMindVLM(config)
     dataset = VLMDataset(args.data_path, args.images_path, tokenizer, config, args.max_seq_len, encoder.image_size)
     return model.to(args.device), encoder, tokenizer, dataset
 

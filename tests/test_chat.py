@@ -194,7 +194,7 @@ def test_attention_is_that_of_the_softmax(chat, pictures):
 
 def test_a_transformers_folder_answers_like_the_pth(chat, weights, tiny_clip, tokenizer, pictures, tmp_path):
     folder = tmp_path / "minimind-v"
-    model = load_vlm(weights, chat.config)
+    model, _ = load_vlm(weights, chat.config, tokenizer)
     model.save_pretrained(folder)
     published = tmp_path / "minimind-v-bin"
     published.mkdir()

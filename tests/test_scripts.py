@@ -12,7 +12,7 @@ from conftest import ROOT, run, run_python
 from PIL import Image
 
 from dataset import demo
-from model.checkpoint import load_vlm, read_notes, read_weights, tokenizer_fields
+from model.checkpoint import read_notes, read_weights, tokenizer_fields
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
 from model.trainer import learning_rate_at
@@ -196,29 +196,13 @@ def test_what_is_missing_is_said_in_one_line(place, script, flags, names):
 
 def test_weights_that_do_not_fit_are_refused(place, tokenizer):
     save_llm(place, tokenizer)
-    for flags, names in (
-        (["--n_layers", 3], ["lacks layers.2.", "--n_layers"]),
-        (["--n_layers", 1], ["has layers.1.", "--n_layers"]),
-        (["--dim", 128, "--from_weights", place.out / "64_llm.pth"], ["(476, 64)", "(476, 128)", "--dim"]),
-    ):
-        code, _, err = place.pretrain(*flags)
-        assert code == 1 and "Traceback" not in err and all(name in err for name in names), err
+    code, _, err = place.pretrain("--n_layers", 3)
+    assert code == 1 and "has n_layers 2, and 3 is wanted: use --n_layers 2" in err and "Traceback" not in err
     code, _, err = place.sft("sft.json", "--from_weights", place.out / "64_llm.pth")
     assert code == 1 and "without a vision projector" in err
     (place.out / "64_llm.pth").write_bytes((place.out / "64_llm.pth").read_bytes()[:5000])
     code, _, err = place.pretrain()
     assert code == 1 and "not a whole file of weights" in err and "Traceback" not in err
-
-
-def test_old_prefixes_and_buffers_are_taken_off(tmp_path, tokenizer):
-    config = LMConfig(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, **tokenizer_fields(tokenizer))
-    state = MiniMindLM(config).state_dict()
-    extra = {"layers.0.attention.mask": torch.zeros(1, 1, 8, 8), "pos_cis": torch.zeros(8, 8)}
-    torch.save(
-        {f"_orig_mod.module.{name}": tensor for name, tensor in {**state, **extra}.items()}, tmp_path / "old.pth"
-    )
-    model = load_vlm(tmp_path / "old.pth", config, allow_missing_projector=True)
-    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
 
 
 def test_evaluation_pictures_are_held_out_and_named_by_what_they_show():

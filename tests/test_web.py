@@ -465,9 +465,8 @@ def test_program_serves_until_it_is_stopped(flags):
         preexec_fn=heed_interrupts,  # noqa: PLW1509  no thread of the test runs while this does
     )
     try:
-        line = process.stdout.readline()
-        address = re.search(r"http://127\.0\.0\.1:\d+", line).group()
-        assert line.startswith("64_vlm_sft, 0.1M parameters")
+        assert "64_vlm_sft.pth: 0.5 MB, 132,160 parameters of language model and projector" in process.stdout.readline()
+        address = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline()).group()
         assert openai.OpenAI(base_url=f"{address}/v1", api_key="none").models.list().data[0].id == "64_vlm_sft"
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0 and process.stderr.read() == ""

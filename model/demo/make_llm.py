@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoTokenizer
 
 from dataset import demo
+from model.checkpoint import origin, write_weights
 from model.dataset import encode_conversations
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
@@ -125,13 +126,14 @@ def train(model, tokenizer, args):
             print(
                 f"{minutes:.1f} min, step {step}, loss {average:.4f}, {score(model, tokenizer, 'heldout')}", flush=True
             )
-            save(model)
+            save(model, tokenizer)
 
 
-def save(model):
+def save(model, tokenizer):
     """Writes the weights in float16."""
     weights = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    torch.save(weights, FOLDER / f"{model.config.dim}_llm.pth")
+    notes = {"stage": "llm", **origin(model.config, tokenizer)}
+    write_weights(FOLDER / f"{model.config.dim}_llm.pth", weights, notes)
 
 
 def main():
@@ -154,7 +156,7 @@ def main():
     print(sum(p.numel() for p in model.parameters()), "parameters", json.dumps(vars(args)))
     train(model, tokenizer, args)
     print("unseen", score(model, tokenizer, "unseen"))
-    save(model)
+    save(model, tokenizer)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,210 @@
+"""Files made by others come in, files made here go out, and what does not fit is refused in one sentence."""
+
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import ROOT, formula_state, run_python, save_random_vlm
+from published import forward
+from test_model import feature, golden_model
+
+from model.chat import Chat
+from model.checkpoint import load_vlm, save_weights, tokenizer_fields, tokenizer_hash
+from model.LMConfig import BadInput, LMConfig
+from model.model_vlm import MiniMindVLM
+
+SIZES = {
+    "512+8": dict(dim=512, n_layers=8),
+    "768+16": dict(dim=768, n_layers=16),
+    "512+8 moe": dict(dim=512, n_layers=8, use_moe=True),
+}
+
+
+class Published:
+    """Stands in for minimind_tokenizer, which is not part of the repository: only its size and special ids matter here."""
+
+    bos_token_id, eos_token_id = 1, 2
+
+    def get_vocab(self):
+        return {str(i): i for i in range(6400)}
+
+    def __len__(self):
+        return 6400
+
+    def convert_tokens_to_ids(self, tokens):
+        return [{"<": 30, ">": 32}[token] for token in tokens]
+
+
+def formula_file(path, bias=True, projector=True, dtype=torch.float32, prefix="", extras=False, **sizes):
+    """A checkpoint of formula weights at `path`, as the published code would have written it."""
+    with torch.device("meta"):
+        model = MiniMindVLM(LMConfig(vision_bias=bias, **sizes))
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if projector or "vision" not in name}
+    state = {f"{prefix}{name}": tensor.to(dtype) for name, tensor in formula_state(shapes).items()}
+    if extras:
+        state |= {f"{prefix}pos_cis": torch.zeros(8, 8), f"{prefix}layers.0.attention.mask": torch.zeros(1, 1, 8, 8)}
+    torch.save(state, path)
+    return path
+
+
+def asked(count=2):
+    """Two prompts with one picture each: tokens (B, T) and features (N, 50, 768)."""
+    tokens = torch.randint(33, 6400, (count, 60), generator=torch.Generator().manual_seed(0))
+    tokens[:, 4:54] = torch.tensor([30] * 25 + [32] * 25)
+    return tokens, torch.stack([feature(f"img{b}.0") for b in range(count)])
+
+
+@pytest.mark.parametrize("name", ["tiny_one_image", "tiny_two_images", "moe_tiny"])
+def test_the_second_writing_is_the_published_model(name):
+    facts, arrays, _, tokens, features, _ = golden_model(name)
+    config = facts["config"]
+    logits = forward(formula_state(facts["keys"]), tokens, features, config["n_heads"], config["n_kv_heads"])
+    np.testing.assert_allclose(logits[:, ::7, ::64], arrays["logits"], atol=1e-4)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parity_in_both_directions(size, tmp_path):
+    """A published file answers here as there; what is saved here answers there as here."""
+    sizes = SIZES[size]
+    path = formula_file(tmp_path / "published.pth", **sizes)
+    model, loaded = load_vlm(path, LMConfig(**sizes), Published())
+    assert (
+        f"{sum(p.numel() for p in model.parameters()):,} parameters of language model and projector with a bias"
+        in loaded
+    )
+    tokens, features = asked()
+    with torch.no_grad():
+        ours = model.eval()(tokens, features).logits
+    torch.testing.assert_close(ours, forward(torch.load(path), tokens, features, 16, 8).float(), atol=1e-4, rtol=0)
+
+    save_weights(tmp_path / "ours.pth", model, Published())
+    state = torch.load(tmp_path / "ours.pth", weights_only=True)
+    assert {name: t.shape for name, t in state.items()} == {name: t.shape for name, t in torch.load(path).items()}
+    torch.testing.assert_close(ours, forward(state, tokens, features, 16, 8).float(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_kind_of_published_file_loads(tmp_path, dtype, bias):
+    tiny = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2)
+    plain = torch.load(formula_file(tmp_path / "plain.pth", bias=bias, **tiny))
+    kinds = {
+        "64_vlm_sft.pth": dict(bias=bias),
+        "64_vlm_pretrain.pth": dict(bias=bias, prefix="_orig_mod.", extras=True),
+        "64_vlm_sft_multi.pth": dict(bias=bias, prefix="_orig_mod.module.", extras=True),
+        "64_llm.pth": dict(projector=False, extras=True),
+    }
+    for name, kind in kinds.items():
+        path = formula_file(tmp_path / name, dtype=dtype, **kind, **tiny)
+        model, loaded = load_vlm(path, LMConfig(**tiny), Published(), allow_missing_projector="llm" in name)
+        assert ("projector" in loaded) == ("llm" not in name) and ("bias" in loaded) == (bias and "llm" not in name)
+        for key, tensor in model.state_dict().items():
+            if "vision" not in key or "llm" not in name:
+                assert tensor.dtype == torch.float32 and torch.equal(tensor, plain[key].to(dtype).float())
+
+
+@pytest.mark.parametrize("form", ["pytorch_model.bin", "model.safetensors"])
+def test_the_published_folder_loads_without_running_its_code(tmp_path, tiny_clip, form, tokenizer):
+    """`minimind-v-v1`: a config with fields of its own, tensors, and code that would tell on itself."""
+    folder = tmp_path / "minimind-v-v1"
+    folder.mkdir()
+    tokenizer.save_pretrained(folder)
+    sizes = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=len(tokenizer))
+    config = {**sizes, "model_type": "minimind-v", "flash_attn": True, "image_special_token": "<" * 25 + ">" * 25}
+    config |= {"auto_map": {"AutoModelForCausalLM": "model.Transformer"}, "hidden_dim": None, "max_seq_len": 8192}
+    config |= {"image_ids": [30] * 25 + [32] * 25, "multiple_of": 64, "n_shared_experts": True, "architectures": ["X"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    state = torch.load(formula_file(tmp_path / "a.pth", **sizes, vision_width=48))
+    if form == "pytorch_model.bin":
+        torch.save(state, folder / form)
+    else:
+        safetensors.torch.save_file({name: t for name, t in state.items() if name != "output.weight"}, folder / form)
+    chat = Chat(folder, tiny_clip, "nowhere")
+    assert (chat.config.dim, chat.config.n_layers, chat.config.max_seq_len) == (64, 2, 8192)
+    assert torch.equal(chat.model.output.weight, state["output.weight"])
+    assert "does not say which tokenizer" in chat.loaded and not (tmp_path / "ran").exists()
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+def test_refusals_name_the_first_difference_and_its_cause(tmp_path, tokenizer):
+    tiny = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2)
+    path = formula_file(tmp_path / "64_vlm_sft.pth", **tiny)
+
+    def refused(says, path=path, tokenizer=Published(), **changed):  # noqa: B008
+        fields = {**tiny, **tokenizer_fields(tokenizer), **changed}
+        with pytest.raises(BadInput, match=says) as caught:
+            load_vlm(path, LMConfig(**fields), tokenizer)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+    refused("has dim 64, and 128 is wanted: use --dim 64, or other weights", dim=128)
+    refused("has n_layers 2, and 3 is wanted: use --n_layers 2", n_layers=3)
+    refused("has use_moe False, and True is wanted: use --use_moe False", use_moe=True)
+    refused("vocab_size 6400, and 476 is wanted: it was trained with another tokenizer", tokenizer=tokenizer)
+    refused("vision_width 768, and 1024 is wanted: it was trained with another CLIP", vision_width=1024)
+    refused(r"layers.0.attention.wk.weight is \(32, 64\), the model wants \(64, 64\): check --n_heads", n_kv_heads=4)
+
+    llm = formula_file(tmp_path / "64_llm.pth", projector=False, **tiny)
+    refused("without a vision projector: run 1-pretrain_vlm.py", path=llm)
+    broken = tmp_path / "broken.pth"
+    broken.write_bytes(path.read_bytes()[:50_000])
+    refused("is not a whole file of weights", path=broken)
+    broken.write_bytes(b"<html>404</html>")
+    refused("is not a whole file of weights", path=broken)
+    broken.write_bytes(b"")
+    refused("is not a whole file of weights", path=broken)
+    torch.save({"weights": [1, 2, 3]}, broken)
+    refused("is not a file of weights: expected named tensors", path=broken)
+    torch.save({"fc.weight": torch.zeros(3)}, broken)
+    refused("holds no MiniMind: it has no tok_embeddings.weight, but fc.weight", path=broken)
+    state = torch.load(path)
+    torch.save({name: t for name, t in state.items() if name != "layers.1.ffn_norm.weight"}, broken)
+    refused(r"lacks layers.1.ffn_norm.weight \(1 missing, 0 unexpected", path=broken)
+    torch.save({**state, "layers.1.extra": torch.zeros(1)}, broken)
+    refused("has layers.1.extra, which this model does not", path=broken)
+    for evil in (lambda f: torch.save({"a": Evil()}, f), lambda f: f.write_bytes(pickle.dumps(Evil(), 2))):
+        evil(broken)
+        refused("holds more than tensors, and to load it would run code: refused", path=broken)
+    assert not (ROOT / "ran").exists() and not os.path.exists("ran")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(BadInput, match="model.safetensors not found"):
+        load_vlm(tmp_path / "folder", LMConfig(**tiny), Published())
+
+
+def test_own_files_know_their_tokenizer_and_their_clip(tmp_path, tokenizer, tiny_clip):
+    path = save_random_vlm(tmp_path / "64_vlm_sft.pth", tokenizer)
+    sizes = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vision_width=48)
+    with pytest.raises(BadInput, match="image_tokens 5, and 17 is wanted: it was trained with another CLIP"):
+        load_vlm(path, LMConfig(**sizes, image_tokens=17, **tokenizer_fields(tokenizer)), tokenizer)
+
+    class Twin:  # as many tokens, two of them swapped
+        bos_token_id, eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        convert_tokens_to_ids = tokenizer.convert_tokens_to_ids
+        __len__ = tokenizer.__len__
+
+        def get_vocab(self):
+            return {token: {400: 401, 401: 400}.get(i, i) for token, i in tokenizer.get_vocab().items()}
+
+    with pytest.raises(BadInput, match="was trained with another tokenizer of the same size"):
+        load_vlm(path, LMConfig(**sizes, image_tokens=5, **tokenizer_fields(tokenizer)), Twin())
+    assert tokenizer_hash(Twin()) != tokenizer_hash(tokenizer)
+
+
+def test_scripts_say_what_they_loaded(tmp_path, tokenizer, tiny_clip):
+    path = save_random_vlm(tmp_path / "64_vlm_sft.pth", tokenizer)
+    flags = ["--weights", path, "--vision_path", tiny_clip, "--tokenizer_path", "model/demo", "--max_new_tokens", 2]
+    code, out, err = run_python("3-eval_chat.py", *flags, "--device", "cpu")
+    assert code == 0, err
+    assert out.startswith(f"loaded {path}: 0.5 MB, 132,160 parameters of language model and projector\n")
+    path.with_suffix(".json").unlink()  # as if made elsewhere
+    sizes = ["--dim", 64, "--n_layers", 2, "--n_heads", 4, "--n_kv_heads", 2, "--max_seq_len", 128]
+    code, out, err = run_python("3-eval_chat.py", *flags, "--device", "cpu", *sizes)
+    assert code == 0 and f"warning: {path} does not say which tokenizer" in out, err
