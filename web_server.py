@@ -34,6 +34,7 @@ from werkzeug.exceptions import HTTPException, NotFound, RequestEntityTooLarge, 
 from werkzeug.serving import make_server
 
 from model.chat import SETTINGS, Chat, add_chat_arguments, read_questions, settings_of
+from model.dataset import as_conversation
 from model.LMConfig import BadInput
 from model.trainer import (
     DEMO_MODEL,
@@ -103,7 +104,7 @@ def read_messages(chat, messages):
         check(role == "user" or not pictures, f"only user messages can have pictures, not those of role {role}")
         characters += len(text)
         check(characters <= MAX_CHARACTERS, f"the text has over {MAX_CHARACTERS} characters, the most that is read")
-        turns += chat.turns(text, len(pictures)) if role == "user" else [(role, text)]
+        turns += as_conversation(text, len(pictures), chat.config) if role == "user" else [(role, text)]
         urls += pictures
     check(turns[-1][0] == "user", "the last message should be the user's question")
     check(text.replace("<image>", "").strip(), "the question is empty")

@@ -24,15 +24,21 @@ from model.checkpoint import (
     load_tokenizer,
     load_vlm,
     read_notes,
-    tokenizer_fields,
     tokenizer_warning,
     weights_name,
 )
-from model.dataset import encode_conversations, encode_prompt, parse_record, read_records, split_at_images
+from model.dataset import (
+    as_conversation,
+    encode_conversations,
+    encode_prompt,
+    parse_record,
+    read_records,
+    tokenizer_fields,
+)
 from model.LMConfig import BadInput, LMConfig
 from model.model import rotary_angles
 from model.model_vlm import cover, find_placeholders
-from model.vision_utils import load_vision, read_pixels
+from model.vision_utils import has_vision, load_vision, read_pixels
 
 
 class Setting(NamedTuple):
@@ -98,7 +104,7 @@ class Chat:
     """Model, tokenizer and CLIP, ready to answer. Nothing of a request is kept here, so that threads can share it."""
 
     def __init__(self, weights, vision_path, tokenizer_path, device="cpu", dtype=torch.float32, int8=False, **sizes):
-        """weights: a .pth file, or a transformers folder, whose own tokenizer, if it has one, goes before tokenizer_path.
+        """weights: a .pth file, or a transformers folder, whose own tokenizer and CLIP, if it has them, go before the others.
 
         int8: store the matrices of the language model and of CLIP in 8 bits (CPU only).
         sizes: LMConfig fields, for weights that come without a config of their own. BadInput says what is missing.
@@ -107,6 +113,8 @@ class Chat:
         weights = Path(weights)
         if (weights / "tokenizer.json").exists():
             tokenizer_path = weights
+        if has_vision(weights):
+            vision_path = weights
         notes = read_notes(weights)
         self.name = weights.name.removesuffix(".pth")
         self.tokenizer = load_tokenizer(tokenizer_path)
@@ -136,15 +144,6 @@ class Chat:
                 raise BadInput(f"{weights} not found: train the demo first, with {stages}{more}")
         int8 = args.quantize == "int8"
         return cls(weights, args.vision_path, args.tokenizer_path, args.device, dtype, int8, **sizes)
-
-    def turns(self, text, images):
-        """A question about some images as a conversation; images that no `<image>` mentions are put in front, one a line."""
-        wanted = len(split_at_images(text, self.config)) - 1
-        if not wanted:
-            text, wanted = "<image>\n" * images + text, images
-        if wanted != images:
-            raise BadInput(f"{images} images were given, but the question has {wanted} <image>")
-        return [("user", text)]
 
     def prompt(self, turns):
         """Token ids (1, T) of a conversation that ends with a question. BadInput if no answer would fit behind it."""
@@ -184,7 +183,7 @@ class Chat:
         stop: texts before which the answer ends. stop_event: ends it once its `is_set()` is true.
         BadInput if images and `<image>` differ in number, if a picture can't be read, or if the question is too long.
         """
-        turns = self.turns(text, len(images)) if isinstance(text, str) else text
+        turns = as_conversation(text, len(images), self.config) if isinstance(text, str) else text
         drawn = temperature >= 0.01
         steps = LogitsProcessorList()
         if repetition_penalty != 1:

@@ -10,7 +10,7 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from model.LMConfig import BadInput, LMConfig
 from model.model_vlm import MiniMindVLM
@@ -33,23 +33,13 @@ def load_tokenizer(folder):
             f"no tokenizer in {folder}: download minimind_tokenizer into it (see README, 'Train on the real data'), "
             "name another folder with --tokenizer_path, or try --demo"
         )
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)  # Auto classes may run code
 
 
 def tokenizer_hash(tokenizer):
     """Short hash of all tokens and their ids, kept beside weights to tell which tokenizer they were trained with."""
     tokens = sorted((i, token) for token, i in tokenizer.get_vocab().items())
     return hashlib.sha256("\n".join(f"{i} {token}" for i, token in tokens).encode()).hexdigest()[:16]
-
-
-def tokenizer_fields(tokenizer):
-    """The LMConfig fields that a tokenizer decides."""
-    return {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "image_char_ids": tokenizer.convert_tokens_to_ids(["<", ">"]),
-    }
 
 
 # --- weights in -----------------------------------------------------------------------------------------------------
@@ -96,7 +86,7 @@ def read_weights(path):
     state = {name: state[name] for name in state if not name.endswith(EXTRAS) and not name.startswith(VISION)}
     for name, twin in (TIED, TIED[::-1]):
         if twin in state:
-            state.setdefault(name, state[twin])
+            state.setdefault(name, state[twin].detach())
     if TIED[0] not in state:
         raise BadInput(f"{path} holds no MiniMind: it has no {TIED[0]}, but {next(iter(state), 'nothing')}")
     return state
@@ -205,7 +195,7 @@ def tokenizer_warning(path, tokenizer):
 
 def save_weights(path, model, tokenizer, **notes):
     """Writes the weights under their published names, and `notes` in a .json beside them. Neither is ever half written."""
-    write_weights(path, model.state_dict(), {**notes, **origin(model.config, tokenizer)})
+    write_weights(path, dict(model.state_dict()), {**notes, **origin(model.config, tokenizer)})
 
 
 def origin(config, tokenizer):

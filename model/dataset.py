@@ -25,6 +25,16 @@ ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assi
 # --- text -> token ids ----------------------------------------------------------------------------------------------
 
 
+def tokenizer_fields(tokenizer):
+    """The LMConfig fields that a tokenizer decides."""
+    return {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "image_char_ids": tokenizer.convert_tokens_to_ids(["<", ">"]),
+    }
+
+
 def split_at_images(text, config):
     """Splits at each `<image>` and each literal placeholder; n images give n + 1 pieces of text."""
     return re.split(f"<image>|{re.escape(config.image_special_token)}", text)
@@ -76,6 +86,19 @@ def encode_conversations(tokenizer, conversations, config):
             flags += [answer] * len(tokens)
         result.append((ids, flags))
     return result
+
+
+def as_conversation(text, images, config):
+    """A question about some images as a conversation; images that no `<image>` mentions are put in front, one a line.
+
+    BadInput if it mentions another number of them.
+    """
+    wanted = len(split_at_images(text, config)) - 1
+    if not wanted:
+        text, wanted = "<image>\n" * images + text, images
+    if wanted != images:
+        raise BadInput(f"{images} images were given, but the question has {wanted} <image>")
+    return [("user", text)]
 
 
 def encode_prompt(tokenizer, question, config):

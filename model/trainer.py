@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model.checkpoint import load_tokenizer, load_vlm, save_weights, tokenizer_fields, tokenizer_warning
-from model.dataset import LengthBatches, Pictures, VLMDataset, collate
+from model.checkpoint import load_tokenizer, load_vlm, read_notes, save_weights, tokenizer_warning
+from model.dataset import LengthBatches, Pictures, VLMDataset, collate, tokenizer_fields
 from model.LMConfig import BadInput, LMConfig
 from model.model_vlm import MiniMindVLM
 from model.vision_utils import FeatureCache, cache_key, load_vision
@@ -273,18 +273,19 @@ def train(args, stage, weights, weights_file, allow_missing_projector=False):
             print(f"{dataset.dropped} records left out: their answers lie beyond --max_seq_len {args.max_seq_len}")
         if args.cache_features:
             open_cache(args, dataset, encoder, processes)
-        Run(args, stage, processes, model, encoder, tokenizer, dataset, weights_file).train()
+        history = read_notes(weights).get("training", []) if weights else []
+        Run(args, stage, processes, model, encoder, tokenizer, dataset, weights_file, history).train()
     finally:
         processes.close()
 
 
 class Run:
-    """One stage's training."""
+    """One stage's training. `history` tells, one entry a stage, how the weights were made that it starts from."""
 
-    def __init__(self, args, stage, processes, model, encoder, tokenizer, dataset, weights_file):
+    def __init__(self, args, stage, processes, model, encoder, tokenizer, dataset, weights_file, history):
         self.args, self.stage, self.processes = args, stage, processes
         self.model, self.encoder, self.tokenizer = model, encoder, tokenizer
-        self.weights_file = weights_file
+        self.weights_file, self.history = weights_file, history
         self.sampler = LengthBatches(
             dataset.lengths, args.batch_size, args.seed, processes.rank, processes.world, args.accumulation_steps
         )
@@ -373,7 +374,12 @@ class Run:
             ).loss
 
     def save(self, step, epoch):
-        save_weights(self.weights_file, self.model, self.tokenizer, stage=self.stage, step=step, epoch=epoch)
+        names = ("data_path", "epochs", "batch_size", "accumulation_steps", "learning_rate", "seed")
+        stage = {"stage": self.stage, **{name: getattr(self.args, name) for name in names}, "steps": step}
+        training = [*self.history, {**stage, "processes": self.processes.world}]
+        save_weights(
+            self.weights_file, self.model, self.tokenizer, stage=self.stage, step=step, epoch=epoch, training=training
+        )
 
 
 def grouped(batches, size):

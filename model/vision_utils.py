@@ -11,19 +11,17 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from PIL import Image, ImageOps
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.utils import logging as hf_logging
 
-from model.LMConfig import BadInput
+from model.LMConfig import BadInput, LMConfig
 
-PIXEL_MEAN = (
-    0.48145466,
-    0.4578275,
-    0.40821073,
-)  # of CLIP's training pictures, channel by channel, on a scale of 0 to 1
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+# of CLIP's training pictures, channel by channel, on a scale of 0 to 1
+PIXEL_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+PIXEL_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
 
 def to_rgb(image):
@@ -41,6 +39,11 @@ def to_pixels(image, size):
     """A Pillow image as uint8 (3, size, size): the whole picture, squeezed to a square (bicubic, as the published code)."""
     pixels = np.asarray(to_rgb(image).resize((size, size), Image.Resampling.BICUBIC))
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def normalise(pixels, mean=PIXEL_MEAN, std=PIXEL_STD):
+    """uint8 pixels (N, 3, S, S) -> what CLIP was trained on, float32; mean and std on the pixels' device."""
+    return (pixels.float() / 255 - mean) / std
 
 
 def read_pixels(path, size):
@@ -66,8 +69,7 @@ class VisionEncoder:
         self.image_size = config.image_size
         self.image_tokens = (config.image_size // config.patch_size) ** 2 + 1
         self.vision_width = config.hidden_size
-        self.mean = torch.tensor(PIXEL_MEAN, device=device).view(3, 1, 1)
-        self.std = torch.tensor(PIXEL_STD, device=device).view(3, 1, 1)
+        self.mean, self.std = PIXEL_MEAN.to(device), PIXEL_STD.to(device)
         self.captured = threading.local()  # one slot a thread, so that two callers at once don't mix their pictures
         encoder = getattr(model, "vision_model", model).encoder
         encoder.register_forward_hook(self._capture)
@@ -75,17 +77,13 @@ class VisionEncoder:
     def _capture(self, module, inputs, output):
         self.captured.features = output.last_hidden_state
 
-    def normalise(self, pixels):
-        """uint8 pixels (N, 3, S, S) -> what CLIP was trained on."""
-        return (pixels.to(self.device).float() / 255 - self.mean) / self.std
-
     @torch.no_grad()
     def __call__(self, pixels):
         """uint8 pixels (N, 3, S, S) -> (N, P, V): the encoder's output for the class token and every patch.
 
         Not CLIP's pooled vector: that is one summary of the picture, these still say what is where.
         """
-        self.model(self.normalise(pixels).to(self.dtype))
+        self.model(normalise(pixels.to(self.device), self.mean, self.std).to(self.dtype))
         return self.captured.features
 
 
@@ -104,8 +102,13 @@ def quiet_transformers():
 
 
 def load_vision(folder, device="cpu", dtype=torch.float32):
-    """Loads only the vision half of a CLIP folder in transformers format. BadInput if it is missing or incomplete."""
+    """Loads only the vision half of a CLIP folder in transformers format, or of a folder made by `model.export --with_vision`.
+
+    BadInput if it is missing or incomplete.
+    """
     folder = Path(folder)
+    if has_vision(folder):
+        return VisionEncoder(bundled_vision(folder), device, dtype)
     if not (folder / "config.json").exists():
         raise BadInput(
             f"no CLIP in {folder}: download clip-vit-base-patch32 into it (see README, 'Train on the real data'), "
@@ -122,6 +125,27 @@ def load_vision(folder, device="cpu", dtype=torch.float32):
     if missing:
         raise BadInput(f"the CLIP in {folder} lacks {len(missing)} tensors, first {missing[0]}: download it again")
     return VisionEncoder(model, device, dtype)
+
+
+def has_vision(folder):
+    """Whether a MiniMind-V folder in transformers format brings its CLIP."""
+    config = Path(folder) / "config.json"
+    content = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    return content.get("model_type") == LMConfig.model_type and "vision_config" in content
+
+
+def bundled_vision(folder):
+    """The CLIP in such a folder."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vision_config"]
+    model = CLIPVisionModel(CLIPVisionConfig(**config))
+    try:
+        state = safetensors.torch.load_file(folder / "model.safetensors")
+        prefix = "vision_encoder."
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        model.load_state_dict(state)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise BadInput(f"the CLIP in {folder} could not be loaded: {str(error).splitlines()[0]}") from None
+    return model
 
 
 # --- cached features ------------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 from dataset import demo
 from model.chat import Chat
-from model.checkpoint import load_tokenizer, save_weights, tokenizer_fields
+from model.checkpoint import load_tokenizer, save_weights
+from model.dataset import tokenizer_fields
 from model.LMConfig import LMConfig
 from model.model_vlm import MiniMindVLM
 
@@ -47,12 +48,12 @@ def golden(name):
     return json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def run(*command, **environment):
+def run(*command, cwd=ROOT, **environment):
     """Runs a script of the repository in a process of its own, as a person would: (exit code, stdout, stderr)."""
     result = subprocess.run(
         [str(part) for part in command],
         check=False,
-        cwd=ROOT,
+        cwd=cwd,
         capture_output=True,
         encoding="utf-8",
         timeout=600,

@@ -11,7 +11,8 @@ from transformers import StaticCache, TextIteratorStreamer
 
 from dataset import demo
 from model.chat import Chat, before, score
-from model.checkpoint import load_tokenizer, load_vlm
+from model.checkpoint import load_tokenizer
+from model.dataset import as_conversation
 from model.LMConfig import BadInput
 from model.model_vlm import find_placeholders
 
@@ -23,7 +24,7 @@ def test_sizes_come_with_the_weights(chat):
 
 
 def ids_of(chat, text, pictures):
-    return chat.prompt(chat.turns(text, len(pictures)))
+    return chat.prompt(as_conversation(text, len(pictures), chat.config))
 
 
 def generate(chat, text, pictures, **options):
@@ -155,7 +156,7 @@ def test_several_pictures_are_one_clip_forward(chat, pictures):
 
 
 def test_pictures_without_a_place_come_first(chat, pictures):
-    assert chat.turns("颜色？", 2) == chat.turns("<image>\n<image>\n颜色？", 2)
+    assert as_conversation("颜色？", 2, chat.config) == as_conversation("<image>\n<image>\n颜色？", 2, chat.config)
 
 
 def test_earlier_turns_are_read(chat, pictures):
@@ -169,7 +170,7 @@ def test_attention_is_that_of_the_softmax(chat, pictures):
     """Against all of it, computed densely from every query to every key, layer by layer."""
     answer = chat.stream("颜色？", pictures[:2], max_new_tokens=12, **GREEDY)
     list(answer)
-    turns = chat.turns("颜色？", 2)
+    turns = as_conversation("颜色？", 2, chat.config)
     shares = chat.attention(turns, pictures[:2], answer.token_ids)
     assert shares.shape == (2, len(answer.token_ids), 2, 5)
 
@@ -190,24 +191,6 @@ def test_attention_is_that_of_the_softmax(chat, pictures):
     starts = find_placeholders(prompt, chat.config.image_ids)[0].nonzero()[:, 0].tolist()
     for number, start in enumerate(starts):
         assert torch.allclose(shares[:, :, number], rows[:, :, start : start + 5], atol=1e-5)
-
-
-def test_a_transformers_folder_answers_like_the_pth(chat, weights, tiny_clip, tokenizer, pictures, tmp_path):
-    folder = tmp_path / "minimind-v"
-    model, _ = load_vlm(weights, chat.config, tokenizer)
-    model.save_pretrained(folder)
-    published = tmp_path / "minimind-v-bin"
-    published.mkdir()
-    for name in ("config.json", "tokenizer"):
-        if name == "tokenizer":
-            tokenizer.save_pretrained(published)
-        else:
-            (published / name).write_text((folder / name).read_text())
-    torch.save(model.state_dict(), published / "pytorch_model.bin")
-    wanted = "".join(chat.stream("颜色？", pictures[:1], max_new_tokens=20, **GREEDY))
-    for place, tokenizer_path in ((folder, ROOT / "model" / "demo"), (published, "nowhere")):
-        other = Chat(place, tiny_clip, tokenizer_path)
-        assert "".join(other.stream("颜色？", pictures[:1], max_new_tokens=20, **GREEDY)) == wanted
 
 
 def test_int8_is_close_and_smaller(chat, weights, tiny_clip, pictures):

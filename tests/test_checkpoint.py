@@ -13,7 +13,8 @@ from published import forward
 from test_model import feature, golden_model
 
 from model.chat import Chat
-from model.checkpoint import load_vlm, save_weights, tokenizer_fields, tokenizer_hash
+from model.checkpoint import load_vlm, save_weights, tokenizer_hash
+from model.dataset import tokenizer_fields
 from model.LMConfig import BadInput, LMConfig
 from model.model_vlm import MiniMindVLM
 

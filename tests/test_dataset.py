@@ -11,8 +11,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from dataset import demo
-from model.checkpoint import tokenizer_fields
-from model.dataset import LengthBatches, VLMDataset, collate, encode, encode_conversations, parse_record
+from model.dataset import (
+    LengthBatches,
+    VLMDataset,
+    collate,
+    encode,
+    encode_conversations,
+    parse_record,
+    tokenizer_fields,
+)
 from model.LMConfig import BadInput, LMConfig
 
 

@@ -8,7 +8,8 @@ import torch
 from conftest import ROOT, run_python
 
 from dataset import demo
-from model.checkpoint import read_weights, tokenizer_fields
+from model.checkpoint import read_weights
+from model.dataset import tokenizer_fields
 from model.demo.make_clip import WORDS, features_of, numbers
 from model.demo.make_llm import SIZES, score
 from model.LMConfig import LMConfig

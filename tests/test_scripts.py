@@ -12,7 +12,8 @@ from conftest import ROOT, run, run_python
 from PIL import Image
 
 from dataset import demo
-from model.checkpoint import read_notes, read_weights, tokenizer_fields
+from model.checkpoint import read_notes, read_weights
+from model.dataset import tokenizer_fields
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
 from model.trainer import learning_rate_at

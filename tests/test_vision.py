@@ -8,7 +8,16 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 
 from model.LMConfig import BadInput
-from model.vision_utils import FeatureCache, VisionEncoder, cache_key, load_vision, read_pixels, to_pixels, to_rgb
+from model.vision_utils import (
+    FeatureCache,
+    VisionEncoder,
+    cache_key,
+    load_vision,
+    normalise,
+    read_pixels,
+    to_pixels,
+    to_rgb,
+)
 
 
 def gradient(width=300, height=200):
@@ -19,7 +28,7 @@ def gradient(width=300, height=200):
 
 def test_preprocessing_agrees_with_published(tiny_clip):
     facts = golden("preprocess")
-    pixels = load_vision(tiny_clip).normalise(to_pixels(gradient(), 224)[None])[0]
+    pixels = normalise(to_pixels(gradient(), 224)[None])[0]
     assert list(pixels.shape) == facts["shape"]
     for place, value in facts["samples"].items():
         assert pixels[tuple(map(int, place.split(",")))].item() == pytest.approx(value, abs=1e-4), place
@@ -63,7 +72,7 @@ def test_features_are_the_encoder_output_before_pooling(tiny_clip):
     pixels = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     features = encoder(pixels)
     assert features.shape == (3, 5, 48) and not features.requires_grad
-    expected = CLIPVisionModel.from_pretrained(tiny_clip).eval()(encoder.normalise(pixels), output_hidden_states=True)
+    expected = CLIPVisionModel.from_pretrained(tiny_clip).eval()(normalise(pixels), output_hidden_states=True)
     torch.testing.assert_close(features, expected.hidden_states[-1])
     torch.testing.assert_close(torch.cat([encoder(one[None]) for one in pixels]), features, atol=1e-5, rtol=1e-5)
     assert not any(p.requires_grad for p in encoder.model.parameters())
@@ -86,7 +95,7 @@ def test_loads_only_the_vision_half_and_quietly(tmp_path, capfd):
     assert len("".join(capfd.readouterr())) < 200
     assert not [name for name, _ in encoder.model.named_parameters() if "text" in name]
     pixels = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
-    own = clip.eval().vision_model(encoder.normalise(pixels)).last_hidden_state
+    own = clip.eval().vision_model(normalise(pixels)).last_hidden_state
     torch.testing.assert_close(encoder(pixels), own)
 
 

@@ -21,6 +21,7 @@ import pytest
 from conftest import ROOT, heed_interrupts, run_python, say
 from PIL import Image
 
+from model.dataset import as_conversation
 from web_server import create_app, make_server
 
 
@@ -163,7 +164,9 @@ def test_attention_of_an_answer(app, client, pictures):
     list(answer)
     messages = question("颜色？", *map(data_url, pictures[:2]))
     result = client.post("/attention", json={"messages": messages, "token_ids": answer.token_ids}).get_json()
-    expected = app.chat.attention(app.chat.turns("颜色？", 2), pictures[:2], answer.token_ids)[..., 1:]
+    expected = app.chat.attention(as_conversation("颜色？", 2, app.chat.config), pictures[:2], answer.token_ids)[
+        ..., 1:
+    ]
     assert result["grid"] == 2
     assert np.array(result["shares"]) == pytest.approx(expected.numpy(), abs=1e-5)
     for body in ({"token_ids": [1]}, {"messages": question("?"), "token_ids": [1]}):

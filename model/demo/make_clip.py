@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from dataset import demo
 from model.dataset import encode
-from model.vision_utils import VisionEncoder, to_pixels
+from model.vision_utils import VisionEncoder, normalise, to_pixels
 
 FOLDER = Path(__file__).parent
 WIDTH, LAYERS = 128, 4
@@ -192,7 +192,6 @@ def main():
     rng = random.Random(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     clip = new_clip(len(tokenizer)).train()
-    encoder = VisionEncoder(CLIPModel(clip.config).vision_model)  # for `normalise` only
     optimizer = torch.optim.AdamW(clip.parameters(), lr=args.learning_rate, weight_decay=0.05, fused=True)
     print(sum(p.numel() for p in clip.parameters()), "parameters")
     begun, step, shown = time.time(), 0, 0.0
@@ -200,7 +199,7 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * min(1, (step + 1) / 200) * (1 - progress)
         scenes = batch_of_scenes(rng, args.batch_size)
-        pixels = encoder.normalise(torch.stack([to_pixels(demo.draw(s, rng), demo.PICTURE) for s in scenes]))
+        pixels = normalise(torch.stack([to_pixels(demo.draw(s, rng), demo.PICTURE) for s in scenes]))
         with torch.autocast("cpu", torch.bfloat16):
             whole, words = step_loss(clip, tokenizer, scenes, pixels)
         (whole + words).backward()

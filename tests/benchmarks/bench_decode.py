@@ -24,7 +24,8 @@ from real_size import make_files  # puts the repository on the path
 from torch import nn
 
 from model.chat import Chat
-from model.checkpoint import load_tokenizer, save_weights, tokenizer_fields
+from model.checkpoint import load_tokenizer, save_weights
+from model.dataset import as_conversation, tokenizer_fields
 from model.LMConfig import LMConfig
 from model.model_vlm import MiniMindVLM
 
@@ -123,7 +124,7 @@ def main():
         pixels = torch.randint(0, 256, (3, 224, 224), dtype=torch.uint8)
         with torch.inference_mode():
             features = chat.see([pixels])
-        input_ids = chat.prompt(chat.turns(QUESTION, 1))
+        input_ids = chat.prompt(as_conversation(QUESTION, 1, chat.config))
         rows = {"stream": best(stream, chat, pixels)}
         plain_layers(chat)
         rows["plain loop"] = best(plain_loop, chat, input_ids, features)

@@ -26,8 +26,8 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from dataset import demo
-from model.checkpoint import load_tokenizer, tokenizer_fields
-from model.dataset import VLMDataset, collate, encode
+from model.checkpoint import load_tokenizer
+from model.dataset import VLMDataset, collate, encode, tokenizer_fields
 from model.LMConfig import LMConfig
 from model.model_vlm import MiniMindVLM
 from model.vision_utils import load_vision

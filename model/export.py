@@ -1,0 +1,200 @@
+"""A .pth file to a folder that transformers loads without this repository, and back.
+
+python -m model.export out/512_vlm_sft.pth minimind-v-v1-small                  # weights, config, tokenizer, processor, code, card
+python -m model.export out/512_vlm_sft.pth minimind-v-v1-small --with_vision    # and the vision half of CLIP
+python -m model.export --reverse minimind-v-v1-small out/512_vlm_sft.pth        # the same tensors, bit for bit
+python -m model.export out/192_vlm_sft.pth demo-folder --with_vision --demo     # with the demo's tokenizer and CLIP
+"""
+
+import argparse
+import json
+import re
+import shutil
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from model.checkpoint import (
+    PROJECTOR,
+    TIED,
+    VISION,
+    load_tokenizer,
+    load_vlm,
+    origin,
+    read_notes,
+    read_weights,
+    replace_file,
+    sizes_of,
+    write_weights,
+)
+from model.dataset import tokenizer_fields
+from model.LMConfig import BadInput, LMConfig
+from model.model_vlm import MiniMindVLM
+from model.trainer import DEMO_MODEL, parse_with_demo, run_script
+from model.vision_utils import load_vision
+
+CODE = ("LMConfig", "model", "model_vlm", "vision_utils", "dataset", "hub")
+AUTO_MAP = {
+    "AutoConfig": "LMConfig.LMConfig",
+    "AutoModelForCausalLM": "hub.MiniMindVForConditionalGeneration",
+    "AutoProcessor": "hub.MiniMindVProcessor",
+}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+
+CARD = """\
+---
+license: apache-2.0
+language: [zh, en]
+library_name: transformers
+pipeline_tag: image-text-to-text
+---
+# {name}
+
+A tiny vision-language model, made with MiniMind-V: {parameters:,} parameters of language model and projector, which read
+{image_tokens} vectors a picture from a frozen CLIP ({clip}).
+
+```python
+{example}
+```
+
+`trust_remote_code=True` runs the code that lies in this folder, and nothing else. Answers come best in float32 or bfloat16.
+
+## Sizes
+
+| | |
+|---|---|
+{sizes}
+
+## Training
+
+{training}
+"""
+EXAMPLE = """\
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+folder = "{name}"
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+inputs = processor(images=Image.open("picture.png"), text="描述这张图片。")
+answer = model.generate(**inputs, max_new_tokens=64, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(answer, skip_special_tokens=True))"""
+
+
+def export(weights, folder, tokenizer_path, vision_path, with_vision):
+    """Writes the folder. vision_path is read for its sizes; its weights go along if `with_vision`."""
+    tokenizer, encoder = load_tokenizer(tokenizer_path), load_vision(vision_path)
+    state, notes = read_weights(weights), read_notes(weights)
+    fields = {**sizes_of(state), **notes.get("config", {}), **tokenizer_fields(tokenizer)}
+    fields |= {"vision_width": encoder.vision_width, "image_tokens": encoder.image_tokens}
+    config = LMConfig(**fields)
+    load_vlm(weights, config, tokenizer)  # refuses what is not whole or does not fit
+    notes = {**notes, **origin(config, tokenizer)}
+    del notes["config"]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder, state, encoder if with_vision else None)
+    write_config(folder, config, notes, encoder if with_vision else None, state[TIED[0]].dtype)
+    write_json(
+        folder / "processor_config.json",
+        {
+            "processor_class": "MiniMindVProcessor",
+            "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]},
+            "image_size": encoder.image_size,
+            "image_tokens": encoder.image_tokens,
+        },
+    )
+    for name in CODE:
+        code = (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+        code = re.sub(r"^from model\.", "from .", code, flags=re.MULTILINE)
+        (folder / f"{name}.py").write_text(code, encoding="utf-8")
+    for name in TOKENIZER_FILES:
+        if (Path(tokenizer_path) / name).exists():
+            shutil.copyfile(Path(tokenizer_path) / name, folder / name)
+    clip = "with it in this folder" if with_vision else "not in this folder: set `model.vision_encoder`"
+    (folder / "README.md").write_text(card(folder.name, state, config, notes, clip), encoding="utf-8")
+
+
+def write_tensors(folder, state, encoder):
+    """`model.safetensors`: each tensor once, the tied one under its first name."""
+    tensors = {name: tensor for name, tensor in state.items() if name != TIED[1]}
+    if encoder:
+        vision = encoder.model.state_dict()
+        tensors |= {f"{VISION}{name}": tensor.to(state[TIED[0]].dtype) for name, tensor in vision.items()}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    replace_file(
+        folder / "model.safetensors", lambda f: f.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    )
+
+
+def write_config(folder, config, notes, encoder, dtype):
+    """`config.json`: every field of LMConfig, how transformers finds the code, and the notes that came with the weights."""
+    content = {
+        **json.loads(config.to_json_string()),
+        "architectures": [AUTO_MAP["AutoModelForCausalLM"].split(".")[1]],
+        "auto_map": AUTO_MAP,
+        "dtype": str(dtype).removeprefix("torch."),
+        "notes": notes,
+    }
+    if encoder:
+        content["vision_config"] = encoder.model.config.to_diff_dict()
+    write_json(folder / "config.json", content)
+
+
+def write_json(path, content):
+    text = json.dumps(content, ensure_ascii=False, indent=1)
+    replace_file(path, lambda f: f.write(text.encode()))
+
+
+def card(name, state, config, notes, clip):
+    """The folder's README.md."""
+    shown = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len", "use_moe", "vision_width")
+    stages = [
+        f"{number}. " + ", ".join(f"{field} {value}" for field, value in stage.items())
+        for number, stage in enumerate(notes.get("training", []), 1)
+    ]
+    return CARD.format(
+        name=name,
+        parameters=sum(tensor.numel() for key, tensor in state.items() if key != TIED[1]),
+        image_tokens=config.image_tokens,
+        clip=clip,
+        example=EXAMPLE.format(name=name),
+        sizes="\n".join(f"| {field} | {getattr(config, field)} |" for field in shown),
+        training="\n".join(stages) or "The weights came without a record of how they were trained.",
+    )
+
+
+def reverse(folder, weights):
+    """Writes the .pth file, and what the folder knows of it beside it. CLIP stays behind."""
+    if not folder.is_dir():
+        raise BadInput(f"{folder} is not a folder: name the transformers folder first, then the .pth file to write")
+    state, notes = read_weights(folder), read_notes(folder)
+    bias = f"{PROJECTOR}vision_proj.0.bias" in state
+    config = LMConfig(**{**notes.get("config", {}), **sizes_of(state), "vision_bias": bias})
+    with torch.device("meta"):
+        order = MiniMindVLM(config).state_dict().keys()
+    odd = sorted(order ^ state.keys())
+    if odd:
+        raise BadInput(f"{folder} does not fit its config.json: {len(odd)} tensors lack or are too many, as {odd[0]}")
+    notes["config"] = json.loads(config.to_json_string())
+    write_weights(weights, {name: state[name] for name in order}, notes)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="a .pth file; with --reverse, a folder")
+    parser.add_argument("target", type=Path, help="the folder to write; with --reverse, the .pth file")
+    parser.add_argument("--with_vision", action="store_true", help="put the vision half of CLIP into the folder")
+    parser.add_argument("--reverse", action="store_true", help="from a folder back to a .pth file")
+    parser.add_argument("--tokenizer_path", default="model/minimind_tokenizer", help="folder of the tokenizer")
+    parser.add_argument("--vision_path", default="model/clip_model/clip-vit-base-patch32", help="folder of the CLIP")
+    args = parse_with_demo(parser, {name: DEMO_MODEL[name] for name in ("tokenizer_path", "vision_path")})
+    if args.reverse:
+        reverse(args.source, args.target)
+    else:
+        export(args.source, args.target, args.tokenizer_path, args.vision_path, args.with_vision)
+    print(f"wrote {args.target}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,86 @@
+"""MiniMind-V as transformers' Auto classes see it, with its CLIP inside; `model.export` ships this file with each folder.
+
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)     AutoProcessor.from_pretrained(...)
+
+Shapes: B batch, T tokens, N images in the batch, S their size in pixels, P tokens per image, V vision width.
+"""
+
+import torch
+from transformers import BatchFeature, CLIPVisionConfig, CLIPVisionModel, ProcessorMixin
+
+from model.dataset import as_conversation, encode_conversations, tokenizer_fields
+from model.LMConfig import LMConfig
+from model.model_vlm import MiniMindVLM
+from model.vision_utils import normalise, to_pixels
+
+
+class MiniMindVForConditionalGeneration(MiniMindVLM):
+    """`MiniMindVLM` that takes pixels too. `vision_encoder` is None in a folder exported without CLIP; set one to use it."""
+
+    def __init__(self, config: LMConfig):
+        super().__init__(config)
+        clip = getattr(config, "vision_config", None)
+        self.vision_encoder = CLIPVisionModel(CLIPVisionConfig(**clip)) if clip else None
+        self.post_init()
+
+    def see(self, pixel_values):
+        """Normalised pixels (N, 3, S, S) -> features (N, P, V), frozen."""
+        if self.vision_encoder is None:
+            raise ValueError(
+                "this folder was exported without --with_vision: set model.vision_encoder = "
+                'CLIPVisionModel.from_pretrained("openai/clip-vit-base-patch32"), or pass image_features'
+            )
+        with torch.no_grad():
+            return self.vision_encoder(pixel_values.to(self.vision_encoder.dtype)).last_hidden_state
+
+    def forward(
+        self, input_ids, pixel_values=None, image_features=None, attention_mask=None, logits_to_keep=0, **kwargs
+    ):
+        """As `MiniMindLM.forward`, with pixel_values (N, 3, S, S) in place of image_features (N, P, V)."""
+        if pixel_values is not None:
+            image_features = self.see(pixel_values)
+        # transformers' `generate` looks for the names of the last two above
+        return super().forward(
+            input_ids, image_features, attention_mask=attention_mask, logits_to_keep=logits_to_keep, **kwargs
+        )
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, pixel_values=None, **kwargs):
+        """The pixels are needed once, with the prompt."""
+        inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+        if past_key_values is None or past_key_values.get_seq_length() == 0:
+            inputs["pixel_values"] = pixel_values
+        return inputs
+
+
+class MiniMindVProcessor(ProcessorMixin):
+    """Questions and pictures in, the model's inputs out, by the same code that training uses."""
+
+    def __init__(self, tokenizer, image_size=224, image_tokens=50, **kwargs):
+        super().__init__(tokenizer, **kwargs)
+        self.image_size, self.image_tokens = image_size, image_tokens
+
+    def __call__(self, images=None, text="", **kwargs):
+        """`input_ids`, `attention_mask` (B, T), padded on the left, and `pixel_values` (N, 3, S, S) as tensors.
+
+        text: a question, or a list of them. images: Pillow images, or one of them, for all questions in reading order; a
+        single question without `<image>` has its pictures put in front, among several questions each says where its
+        pictures go. BadInput if images and `<image>` of a single question differ in number; among several the model checks.
+        """
+        images = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
+        config = LMConfig(image_tokens=self.image_tokens, **tokenizer_fields(self.tokenizer))
+        talks = (
+            [as_conversation(text, len(images), config)] if isinstance(text, str) else [[("user", one)] for one in text]
+        )
+        rows = [ids for ids, _ in encode_conversations(self.tokenizer, talks, config)]
+        length = max(len(row) for row in rows)
+        blank = [length - len(row) for row in rows]
+        inputs = {
+            "input_ids": torch.tensor(
+                [[config.pad_token_id] * n + row for n, row in zip(blank, rows, strict=True)], dtype=torch.long
+            ),
+            "attention_mask": torch.tensor([[0] * n + [1] * (length - n) for n in blank]),
+        }
+        if images:
+            pixels = torch.stack([to_pixels(image, self.image_size) for image in images])
+            inputs["pixel_values"] = normalise(pixels)
+        return BatchFeature(inputs)

@@ -1,0 +1,139 @@
+"""Folders for transformers: what leaves answers elsewhere as here, and comes back bit for bit."""
+
+import json
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, run, run_python
+from PIL import Image
+from test_checkpoint import formula_file
+from test_web import data_url, question
+
+from model.chat import Chat
+from model.dataset import as_conversation, encode_conversations
+from model.export import EXAMPLE
+from model.hub import MiniMindVForConditionalGeneration, MiniMindVProcessor
+from model.vision_utils import read_pixels
+from web_server import create_app
+
+
+@pytest.fixture
+def export(weights, tiny_clip, tmp_path):
+    """Exports the random model, or another: its folder."""
+
+    def export(*flags, source=weights):
+        folder = tmp_path / "minimind-v-v1-small"
+        paths = ["--vision_path", tiny_clip, "--tokenizer_path", "model/demo"]
+        code, out, err = run_python("-m", "model.export", source, folder, *paths, *flags)
+        assert code == 0 and out == f"wrote {folder}\n", err
+        return folder
+
+    return export
+
+
+def test_the_readme_s_ten_lines_answer_without_the_repository(export, chat, pictures, tmp_path):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = next(code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "AutoProcessor" in code)
+    assert len(lines.splitlines()) <= 10 and lines.strip() == EXAMPLE.format(name="minimind-v-v1-small")
+    folder = export("--with_vision")
+    assert lines in (folder / "README.md").read_text(encoding="utf-8")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copytree(folder, elsewhere / folder.name)
+    shutil.copyfile(pictures[0], elsewhere / "picture.png")
+    (elsewhere / "ask.py").write_text(lines, encoding="utf-8")
+    places = {"HF_HOME": str(elsewhere / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
+    code, out, err = run(sys.executable, "-P", "ask.py", cwd=elsewhere, **places)
+    answer = "".join(chat.stream("描述这张图片。", pictures[:1], max_new_tokens=64, temperature=0))
+    assert code == 0 and out == f"{answer}\n" and len(answer) > 3, err
+    assert "warning" not in err.lower() and "were not" not in err, err
+
+
+def test_the_exported_model_batches_and_takes_pixels_or_features(export, chat, pictures):
+    folder = export("--with_vision")
+    model = MiniMindVForConditionalGeneration.from_pretrained(folder).eval()
+    processor = MiniMindVProcessor.from_pretrained(folder)
+    opened = [Image.open(path) for path in pictures[:3]]
+    texts = ["<image>\n颜色？", "<image>和<image>\n两张图有什么不同？"]
+    output = model.generate(**processor(images=opened, text=texts), max_new_tokens=12, do_sample=False)
+    for row, text, own in zip(output, texts, (pictures[:1], pictures[1:3]), strict=True):
+        answer = chat.stream(text, own, max_new_tokens=12, temperature=0)
+        list(answer)
+        assert row[-12:].tolist()[: len(answer.token_ids)] == answer.token_ids and len(answer.token_ids) > 2
+
+    inputs = processor(images=opened[:1], text="颜色？")
+    ids = encode_conversations(chat.tokenizer, [as_conversation("颜色？", 1, chat.config)], chat.config)[0][0]
+    assert inputs["input_ids"].tolist() == [ids]
+    features = chat.encoder(torch.stack([read_pixels(pictures[0], chat.encoder.image_size)]))
+    with torch.no_grad():
+        by_pixels = model(**inputs).logits
+        by_features = model(inputs["input_ids"], image_features=features).logits
+    torch.testing.assert_close(by_pixels, by_features, atol=1e-5, rtol=0)
+
+
+def test_a_folder_without_vision_says_how_to_give_it_some(export, chat, pictures):
+    folder = export()
+    model = MiniMindVForConditionalGeneration.from_pretrained(folder)
+    inputs = MiniMindVProcessor.from_pretrained(folder)(images=[Image.open(pictures[0])], text="颜色？")
+    with pytest.raises(ValueError, match=r"set model.vision_encoder = CLIPVisionModel.from_pretrained"):
+        model.generate(**inputs, max_new_tokens=2)
+    model.vision_encoder = chat.encoder.model
+    answer = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert answer.tolist() == list(chat.stream("颜色？", pictures[:1], max_new_tokens=5, temperature=0).tokens())
+
+
+@pytest.mark.parametrize("flags", [[], ["--with_vision"]])
+def test_back_to_a_pth_bit_for_bit(export, weights, tmp_path, flags):
+    folder = export(*flags)
+    back = tmp_path / "back.pth"
+    code, out, err = run_python("-m", "model.export", "--reverse", folder, back)
+    assert code == 0 and out == f"wrote {back}\n", err
+    assert back.read_bytes() == weights.read_bytes()
+    assert json.loads(back.with_suffix(".json").read_text()) == json.loads(weights.with_suffix(".json").read_text())
+
+
+def test_files_of_others_keep_their_numbers_and_their_bias(export, tokenizer, tmp_path):
+    sizes = dict(dim=64, n_layers=1, vocab_size=len(tokenizer), vision_width=48)
+    source = formula_file(tmp_path / "published.pth", dtype=torch.float16, use_moe=True, **sizes)
+    folder = export(source=source)
+    run_python("-m", "model.export", "--reverse", folder, tmp_path / "back.pth")
+    before, after = (torch.load(path, weights_only=True) for path in (source, tmp_path / "back.pth"))
+    assert list(before) == list(after) and "vision_proj.vision_proj.0.bias" in after
+    assert all(after[name].dtype == torch.float16 and torch.equal(before[name], after[name]) for name in before)
+
+
+def test_chat_and_page_take_the_folder_and_run_no_code_of_it(export, chat, pictures, tmp_path, monkeypatch):
+    folder = export("--with_vision")
+    for file in folder.glob("*.py"):
+        file.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n" + file.read_text(encoding="utf-8"), encoding="utf-8")
+    wanted = "".join(chat.stream("颜色？", pictures[:1], max_new_tokens=20, temperature=0))
+    other = Chat(folder, "no clip", "no tokenizer")
+    assert "".join(other.stream("颜色？", pictures[:1], max_new_tokens=20, temperature=0)) == wanted
+    monkeypatch.chdir(ROOT)
+    client = create_app("--weights", str(folder), "--device", "cpu", "--temperature", "0").test_client()
+    body = {"messages": question("颜色？", data_url(pictures[0])), "max_tokens": 20}
+    reply = client.post("/v1/chat/completions", json=body).get_json()
+    assert reply["model"] == folder.name and reply["choices"][0]["message"]["content"] == wanted
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_can_t_be_exported_is_said_in_one_line(export, weights, tiny_clip, tokenizer, tmp_path):
+    paths = ["--vision_path", tiny_clip, "--tokenizer_path", "model/demo"]
+    sizes = dict(dim=64, n_layers=1, vocab_size=len(tokenizer))
+    llm = formula_file(tmp_path / "64_llm.pth", projector=False, **sizes)
+    wide = formula_file(tmp_path / "wide.pth", vision_width=1024, **sizes)
+    broken = export()
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:-100])
+    for arguments, says in (
+        ([llm, tmp_path / "new", *paths], "without a vision projector"),
+        ([wide, tmp_path / "new", *paths], "vision_width 1024, and 48 is wanted"),
+        ([tmp_path / "nothing.pth", tmp_path / "new", *paths], "nothing.pth not found"),
+        (["--reverse", weights, tmp_path / "new.pth"], "is not a folder"),
+        (["--reverse", broken, tmp_path / "new.pth"], "is not a whole file of weights"),
+    ):
+        code, _, err = run_python("-m", "model.export", *arguments)
+        assert code == 1 and says in err and err.count("\n") == 1, err
+    assert not (tmp_path / "new").exists() and not (tmp_path / "new.pth").exists()
