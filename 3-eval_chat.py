@@ -26,16 +26,18 @@ from model.trainer import (
     pick_dtype,
     run_script,
 )
-from model.vision_utils import read_pixels
 
 DEMO = {
     **DEMO_MODEL,
     "temperature": 0.0,  # the demo's questions have one right answer
     "score": [demo.FOLDER / "score_heldout.json", demo.FOLDER / "score_unseen.json"],
 }
-DEMO_MULTI = {**DEMO, "score": [demo.FOLDER / "score_multi.json"]}
+DEMO_MULTI = {
+    **DEMO,
+    "score": [demo.FOLDER / f"score_{name}.json" for name in ("multi", "clips", "clips_shuffled")],
+}
 HELP = """\
-/image FILE ...    look at this picture, or at these together; numbers stand for the pictures at hand
+/image FILE ...    look at this picture or clip, or at these together; numbers stand for what is at hand
 /clear             look at nothing, and pick anew
 /set NAME VALUE    one of {settings}; without a name, show them
 /help  /exit       this text; leave (or Ctrl-D)
@@ -51,7 +53,7 @@ class Terminal:
 
     def __init__(self, chat, folder, settings):
         self.chat, self.settings = chat, settings
-        self.at_hand = sorted(folder.glob("*.png")) + sorted(folder.glob("*.jpg"))
+        self.at_hand = sorted(file for file in folder.iterdir() if file.suffix != ".json")
         self.pixels, self.picking = [], True
         self.commands = {"/image": self.look_at, "/clear": self.clear, "/set": self.set, "/help": self.help}
 
@@ -98,9 +100,14 @@ class Terminal:
         names = [text] if Path(text).is_file() else shlex.split(text, posix=os.name == "posix")
         numbered = {str(number): file for number, file in enumerate(self.at_hand, 1)}
         files = [numbered.get(name, Path(name.strip("'\"")).expanduser()) for name in names]
-        self.pixels = [read_pixels(file, self.chat.encoder.image_size) for file in files]
+        seen = [self.chat.look([file]) for file in files]
+        self.pixels = [pixels for frames in seen for pixels in frames]
         self.picking = False
-        print(f"looking at {' and '.join(file.name for file in files) or 'nothing'}; ask away")
+        names = [
+            f"{len(frames)} frames of {file.name}" if len(frames) > 1 else file.name
+            for file, frames in zip(files, seen, strict=True)
+        ]
+        print(f"looking at {' and '.join(names) or 'nothing'}; ask away")
 
     def set(self, text):
         name, _, value = text.partition(" ")
@@ -138,7 +145,7 @@ def show_answers(chat, folder, settings):
     """Every question of the evaluation folder, with its answer as it comes."""
     for paths, question in read_questions(folder):
         print(f"\n[{' + '.join(path.name for path in paths)}]\n问: {question}\n答: ", end="", flush=True)
-        for piece in chat.stream(question, paths, **settings):
+        for piece in chat.stream(question, chat.look(paths), **settings):
             print(piece, end="", flush=True)
         print()
 

@@ -45,14 +45,15 @@ from model.trainer import (
     pick_dtype,
     run_script,
 )
-from model.vision_utils import to_pixels
+from model.vision_utils import MAX_PIXELS, picture_frames, video_frames
 
 DEMO = {**DEMO_MODEL, "temperature": 0.0}  # the demo's questions have one right answer
 
 MB = 1_000_000
 MAX_PICTURE, MAX_REQUEST = 20 * MB, 28 * MB  # in bytes; in base64, a third is added
-MAX_PIXELS = 50 * MB
+MAX_CLIP_PIXELS = 1000 * MB  # of all its frames
 MAX_CHARACTERS = 10_000  # far more than fit into the model's context, which is checked by itself
+VIDEO_TYPES = {"video/mp4": "mp4", "video/quicktime": "mov", "video/webm": "webm"}
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 OPTIONS = {name: name for name in SETTINGS} | {
@@ -92,41 +93,57 @@ def read_body(allowed):
 
 
 def read_messages(chat, messages):
-    """OpenAI's messages -> (turns, pixels): the conversation for `Chat.stream`, and its pictures in reading order."""
+    """OpenAI's messages -> (turns, media): the conversation for `Chat.stream`, and its pictures and clips in reading order.
+
+    Each of the media is a list of pixels (3, S, S): one of a picture, several of a clip.
+    """
     check(isinstance(messages, list) and messages, "messages should be a list of at least one message")
-    turns, urls, characters = [], [], 0
+    said, characters = [], 0
     for message in messages:
         check(isinstance(message, dict), "each message should be an object with role and content")
         check_fields(message, {"role", "content", "name"}, "a message")
         role = message.get("role")
         check(role in ROLES, f"role should be one of {', '.join(ROLES)}, not {role!r:.50}")
-        text, pictures = read_content(message.get("content"))
-        check(role == "user" or not pictures, f"only user messages can have pictures, not those of role {role}")
+        text, urls = read_content(message.get("content"))
+        check(role == "user" or not urls, f"only user messages can have pictures, not those of role {role}")
         characters += len(text)
         check(characters <= MAX_CHARACTERS, f"the text has over {MAX_CHARACTERS} characters, the most that is read")
-        turns += as_conversation(text, len(pictures), chat.config) if role == "user" else [(role, text)]
-        urls += pictures
-    check(turns[-1][0] == "user", "the last message should be the user's question")
+        said.append((role, text, urls))
+    check(role == "user", "the last message should be the user's question")
     check(text.replace("<image>", "").strip(), "the question is empty")
-    most = chat.config.max_seq_len // chat.config.image_tokens
-    check(len(urls) <= most, f"{len(urls)} pictures were sent, and the model's context holds {most} at most")
-    return turns, [read_picture(url, number, chat.encoder.image_size) for number, url in enumerate(urls, 1)]
+    sent, most = sum(len(urls) for _, _, urls in said), chat.config.max_seq_len // chat.config.image_tokens
+    check(sent <= most, f"{sent} pictures were sent, and the model's context holds {most} at most")
+    turns, media = [], []
+    for role, text, urls in said:
+        own = [read_medium(chat, kind, url, len(media) + i) for i, (kind, url) in enumerate(urls, 1)]
+        turns += as_conversation(text, len(flat(own)), chat.config) if role == "user" else [(role, text)]
+        media += own
+    return turns, media
+
+
+def flat(media):
+    """All pictures and frames in one list."""
+    return [pixels for frames in media for pixels in frames]
 
 
 def read_content(content):
-    """A message's content, text or a list of parts -> (its text, the URLs of its pictures)."""
+    """A message's content, text or a list of parts -> (its text, the kinds and URLs of its pictures and clips)."""
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     check(isinstance(content, list), "content should be text or a list of parts")
     texts, urls = [], []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
-        check(kind in ("text", "image_url"), f"a part of type {kind!r:.50} can't be read: only text and image_url")
+        known = ("text", "image_url", "video_url")
+        check(kind in known, f"a part of type {kind!r:.50} can't be read: only {', '.join(known)}")
         value = part.get(kind)
-        if kind == "image_url":
+        if kind != "text":
             value = value.get("url") if isinstance(value, dict) else None
         check(isinstance(value, str), f"a part of type {kind} should have text under {kind}{'.url' * (kind != 'text')}")
-        (texts if kind == "text" else urls).append(value)
+        if kind == "text":
+            texts.append(value)
+        else:
+            urls.append((kind, value))
     text = "\n".join(texts)
     try:
         text.encode()
@@ -138,8 +155,8 @@ def read_content(content):
 decoding = threading.Lock()  # one picture at a time is unpacked, so that many visitors don't fill the memory
 
 
-def read_picture(url, number, size):
-    """A picture in a data: URL -> pixels (3, S, S)."""
+def read_medium(chat, kind, url, number):
+    """A picture, or with kind "video_url" a clip, in a data: URL -> a list of pixels (3, S, S)."""
     head, _, data = url.partition(",")
     check(head.startswith("data:"), f"picture {number}: only data: URLs are read, this server fetches nothing")
     if len(data) * 3 // 4 > MAX_PICTURE:
@@ -151,16 +168,24 @@ def read_picture(url, number, size):
         raise BadInput(f"picture {number}: its base64 is broken") from None
     with decoding:
         try:
+            size, clip = chat.encoder.image_size, kind == "video_url"
+            most = chat.max_frames if clip else 1
+            format = VIDEO_TYPES.get(head.removeprefix("data:").partition(";")[0])
+            if format:
+                check(clip, "a video should be sent as video_url, not as image_url")
+                return video_frames(file, format, size, most, MAX_CLIP_PIXELS)
             with Image.open(file, formats=FORMATS) as image:
                 pixels = image.width * image.height
-                check(
-                    pixels <= MAX_PIXELS, f"picture {number} has {pixels / MB:.0f} megapixels, over {MAX_PIXELS // MB}"
-                )
-                return to_pixels(image, size)
-        except BadInput:
-            raise
+                check(pixels <= MAX_PIXELS, f"it has {pixels / MB:.0f} megapixels, over {MAX_PIXELS // MB}")
+                count = getattr(image, "n_frames", 1) if clip else 1
+                check(count * pixels <= MAX_CLIP_PIXELS, f"it has {count} frames, too many of this size: cut it")
+                return picture_frames(image, size, most)
+        except BadInput as problem:
+            raise BadInput(f"picture {number}: {problem}") from None
         except UnidentifiedImageError:
-            raise BadInput(f"picture {number} can't be read: no picture, or of a kind that is not read") from None
+            raise BadInput(
+                f"picture {number} can't be read: no picture or clip, or of a kind that is not read"
+            ) from None
         except Exception as error:  # noqa: BLE001  Pillow's decoders raise all sorts of things on broken files
             raise BadInput(f"picture {number} can't be read: {str(error)[:100]}") from None
 
@@ -262,7 +287,7 @@ def create_app(*flags):
     args = parse_arguments(flags)
     chat = Chat.from_arguments(args, pick_dtype(args.dtype, args.device), **model_sizes(args))
     chat.warm_up()
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # read_picture has a limit of its own
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # read_medium has a limit of its own
     app = Flask(__name__, static_folder="web", static_url_path="/web")
     app.config["MAX_CONTENT_LENGTH"] = MAX_REQUEST
     app.json.ensure_ascii = False
@@ -297,7 +322,7 @@ def add_page(app, samples, defaults):
     def guard(response):
         """The page loads nothing from elsewhere, and no other page may frame it."""
         response.headers["Content-Security-Policy"] = (
-            "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+            "default-src 'self'; img-src 'self' data: blob:; media-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
         )
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers["Referrer-Policy"] = "no-referrer"
@@ -362,9 +387,9 @@ def add_api(app, defaults):
         body = read_body(OTHER_FIELDS | OPTIONS.keys() | NEUTRAL.keys())
         check_model(body.get("model", chat.name))
         options = read_options(body, defaults)
-        turns, pixels = read_messages(chat, body.get("messages"))
+        turns, media = read_messages(chat, body.get("messages"))
         hangup = Hangup(request.environ)
-        answer = chat.stream(turns, pixels, stop_event=hangup, **options)
+        answer = chat.stream(turns, flat(media), stop_event=hangup, **options)
         ticket = line.join()
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chat.name}
         if body.get("stream"):
@@ -417,10 +442,13 @@ def add_api(app, defaults):
 
     @app.post("/attention")
     def attention():
-        """{"messages": as asked, "token_ids": the answer's} -> for each layer, token and picture, a share per patch."""
+        """{"messages": as asked, "token_ids": the answer's} -> for each layer, token and picture, a share per patch.
+
+        `frames` has a list for each picture or clip sent: what the model saw of a clip, as JPEGs; [null] for a picture.
+        """
         body = read_body({"messages", "token_ids"})
-        turns, pixels = read_messages(chat, body.get("messages"))
-        check(pixels, "there is no picture in the messages")
+        turns, media = read_messages(chat, body.get("messages"))
+        check(media, "there is no picture in the messages")
         ids, room = body.get("token_ids"), chat.config.max_seq_len - chat.prompt(turns).shape[1]
         good = isinstance(ids, list) and all(type(i) is int and 0 <= i < chat.config.vocab_size for i in ids)
         check(
@@ -431,10 +459,21 @@ def add_api(app, defaults):
         try:
             for _ in line.ahead(ticket):
                 pass
-            shares = chat.attention(turns, pixels, ids)[..., 1:]  # without the class token, which has no place
+            shares = chat.attention(turns, flat(media), ids)[..., 1:]  # without the class token, which has no place
         finally:
             line.leave(ticket)
-        return {"grid": round(shares.shape[-1] ** 0.5), "shares": torch.round(shares.float(), decimals=5).tolist()}
+        return {
+            "grid": round(shares.shape[-1] ** 0.5),
+            "shares": torch.round(shares.float(), decimals=5).tolist(),
+            "frames": [[jpeg(pixels) for pixels in frames] if len(frames) > 1 else [None] for frames in media],
+        }
+
+
+def jpeg(pixels):
+    """Pixels (3, S, S) as a data: URL."""
+    file = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "jpeg")
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def finish(answer):

@@ -9,11 +9,13 @@ pairs that training never shows, else "heldout" for one scene in ten, else "trai
 the picture stages all keep to this split.
 
 The files written are of the real formats (dataset/README.md): `pretrain.json`, `sft.json`, `sft_multi.json`, with
-`images/*.jpg`, and the questions to score, whose records carry a `kind`: `score_heldout.json`, `score_unseen.json` and
-`score_multi.json`.
+`images/`, and the questions to score, whose records carry a `kind`: `score_heldout.json`, `score_unseen.json`,
+`score_multi.json` about two pictures, `score_clips.json` about animations, and `score_clips_shuffled.json` with their frames out
+of order.
 """
 
 import argparse
+import itertools
 import json
 import random
 import sys
@@ -104,7 +106,7 @@ def turn(fraction):
     return 1j ** (4 * fraction)
 
 
-def draw_thing(picture, thing, rng):
+def draw_thing(picture, thing, rng, places):
     """Draws a thing onto the picture, a little off its place, tilted and tinted, with smooth edges."""
     radius = SIZES[thing.size] + rng.randint(-2, 2)
     scale, half = 3, radius + 6  # drawn three times larger in a tile of its own, then scaled down
@@ -119,12 +121,12 @@ def draw_thing(picture, thing, rng):
             pen.ellipse([centre - r * scale, centre - r * scale, centre + r * scale, centre + r * scale], fill=fill)
     tile = tile.reduce(scale)
     colour = tuple(min(255, max(0, channel + rng.randint(-10, 10))) for channel in COLOURS[thing.colour])
-    x, y = (coordinate + rng.randint(-4, 4) for coordinate in PLACES[thing.place])
+    x, y = (coordinate + rng.randint(-4, 4) for coordinate in places[thing.place])
     picture.paste(colour, (x - half, y - half), tile)
 
 
-def draw(scene, rng):
-    """A scene as a 224x224 RGB picture; `rng` decides what its words leave open."""
+def draw(scene, rng, places=PLACES):
+    """A scene as a 224x224 RGB picture; `rng` decides what its words leave open, `places` where on it they are."""
     background = [channel - rng.randint(0, 10) for channel in rng.choice(BACKGROUNDS)]
     shade = rng.randint(-14, 14)  # from one side to the other
     corners = [tuple(min(255, c + (shade if dark else 0)) for c in background) for dark in (0, 1)]
@@ -132,7 +134,7 @@ def draw(scene, rng):
     picture.paste(corners[1], (1, 0, 2, 2) if rng.random() < 0.5 else (0, 1, 2, 2))
     picture = picture.resize((PICTURE, PICTURE), Image.Resampling.BILINEAR)
     for thing in scene:
-        draw_thing(picture, thing, rng)
+        draw_thing(picture, thing, rng, places)
     return picture
 
 
@@ -270,42 +272,81 @@ def questions(scene, rng, count):
 # --- two pictures ---------------------------------------------------------------------------------------------------
 
 
-def edit(scene, rng):
-    """Changes one thing of a scene: (the other scene, the instruction, the question kind)."""
-    i = rng.randrange(len(scene))
-    thing = scene[i]
-    kind = rng.choice(["recolour", "reshape", "resize", "move", "remove", "add"])
-    rest = scene[:i] + scene[i + 1 :]
+EDITS = ["recolour", "reshape", "resize", "move", "remove", "add"]
+
+
+def edit(scene, rng, kinds):
+    """A change to a scene: (the thing as it was, as it becomes, the instruction, its kind); None for no thing."""
+    thing = rng.choice(scene)
+    kind = rng.choice(kinds)
     free = [place for place in PLACES if not only(scene, place=place)]
     if kind == "recolour":
         new = thing._replace(colour=rng.choice([c for c in COLOURS if c != thing.colour]))
-        return (*rest, new), f"{thing.place}变成{new.colour}", kind
+        return thing, new, f"{thing.place}变成{new.colour}", kind
     if kind == "reshape":
         new = thing._replace(shape=rng.choice([s for s in SHAPES if s != thing.shape]))
-        return (*rest, new), f"{thing.place}变成{new.shape}", kind
+        return thing, new, f"{thing.place}变成{new.shape}", kind
     if kind == "resize":
         new = thing._replace(size="小" if thing.size == "大" else "大")
-        return (*rest, new), f"{thing.place}变成{new.size}", kind
+        return thing, new, f"{thing.place}变成{new.size}", kind
     if kind == "move":
         new = thing._replace(place=rng.choice(free))
-        return (*rest, new), f"{thing.place}移到{new.place}", kind
+        return thing, new, f"{thing.place}移到{new.place}", kind
     if kind == "remove":
-        return rest, f"去掉{thing.place}", kind
+        return thing, None, f"去掉{thing.place}", kind
     new = random_thing(rng, rng.choice(free), "train")
-    return (*scene, new), f"加{new.place}{new.colour}{new.size}{new.shape}", kind
+    return None, new, f"加{new.place}{new.colour}{new.size}{new.shape}", kind
+
+
+def replaced(scene, old, new):
+    """A scene with one thing put in place of another, in reading order."""
+    things = [thing for thing in (*scene, new) if thing not in (old, None)]
+    return tuple(sorted(things, key=lambda thing: list(PLACES).index(thing.place)))
 
 
 def scene_pair(rng, split="train"):
     """(a scene, an edited scene of the same split, the instruction that leads from one to the other, its kind)."""
     while True:
         before = random_scene(rng, split)
-        after, instruction, kind = edit(before, rng)
-        after = tuple(sorted(after, key=lambda thing: list(PLACES).index(thing.place)))
+        old, new, instruction, kind = edit(before, rng, EDITS)
+        after = replaced(before, old, new)
         if after and split_of(after) == split:
             return before, after, instruction, kind
 
 
 PAIR_PROMPTS = ["怎样把第一张图变成第二张图？", "两张图有什么不同？"]
+
+
+# --- animations -----------------------------------------------------------------------------------------------------
+
+CLIP_PROMPTS = ["动画里有什么变化？", "先后有什么不同？"]
+CLIP_EDITS = ["recolour", "move", "remove", "add"]
+FRAMES = 4
+
+
+def animation(rng, split="train"):
+    """A thing moves, changes colour, vanishes or appears: (pictures, what happened in words, its kind).
+
+    The words are those of `edit`. All else stays as it is; what does not move changes between two frames.
+    """
+    while True:
+        scene = random_scene(rng, split, counts=(1, 2, 2))
+        old, new, told, kind = edit(scene, rng, CLIP_EDITS)
+        after = replaced(scene, old, new)
+        if after and split_of(after) == split:
+            break
+    rest = [thing for thing in scene if thing != old]
+    seed, change = rng.random(), rng.randrange(1, FRAMES)
+    pictures = []
+    for frame in range(FRAMES):
+        thing, places = (old if frame < change else new), PLACES
+        if kind == "move":
+            thing = old
+            way = zip(PLACES[old.place], PLACES[new.place], strict=True)
+            places = {**PLACES, old.place: [round(a + (b - a) * frame / (FRAMES - 1)) for a, b in way]}
+        things = [*rest, thing] if thing else rest
+        pictures.append(draw(things, random.Random(seed), places))  # the same tints and tilts in every frame
+    return pictures, told, kind
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -353,7 +394,7 @@ class World:
         self.write("pretrain.json", captions)
         self.write("sft.json", talks)
 
-    def pairs(self, name, prefix, count, split):
+    def pairs(self, prefix, count, split):
         """Two pictures and what leads from the first to the second."""
         records = []
         for i in range(count):
@@ -361,7 +402,28 @@ class World:
             names = [self.picture(s, f"{prefix}_{i:05d}_{k}.png") for k, s in enumerate((before, after))]
             asked = f"<image>\n<image>\n{self.rng.choice(PAIR_PROMPTS)}"
             records.append(record(names, [(asked, instruction)], kind=kind))
-        self.write(name, records)
+        return records
+
+    def clips(self, prefix, count, split):
+        """The frames of animations and what happens in them."""
+        records = []
+        for i in range(count):
+            pictures, told, kind = animation(self.rng, split)
+            names = [f"{prefix}_{i:05d}_{frame}.png" for frame in range(FRAMES)]
+            for picture, name in zip(pictures, names, strict=True):
+                picture.save(self.folder / "images" / name)
+            asked = "<image>\n" * FRAMES + self.rng.choice(CLIP_PROMPTS)
+            records.append(record(names, [(asked, told)], kind=kind))
+        return records
+
+    def shuffled(self, records):
+        """The same questions about the same frames, out of order."""
+        orders = [order for order in itertools.permutations(range(FRAMES)) if order != tuple(range(FRAMES))]
+        changed = []
+        for one in records:
+            names, order = one["image"].split(", "), self.rng.choice(orders)
+            changed.append({**one, "image": ", ".join(names[frame] for frame in order)})
+        return changed
 
     def score(self, name, prefix, pictures, split):
         """One question of every kind about each picture."""
@@ -376,20 +438,31 @@ class World:
         self.write(name, records)
 
 
-def build(folder, pictures=6000, pairs=3000, held_out=200, turns=4, seed=0):
+def build(folder, pictures=6000, pairs=3000, clips=1500, held_out=200, turns=4, seed=0):
     """Draws the whole world into `folder`; its last file says that it is complete, and makes a second call return at once."""
     folder = Path(folder)
-    settings = {"pictures": pictures, "pairs": pairs, "held_out": held_out, "turns": turns, "seed": seed}
+    settings = {
+        "pictures": pictures,
+        "pairs": pairs,
+        "clips": clips,
+        "held_out": held_out,
+        "turns": turns,
+        "seed": seed,
+    }
     done = folder / "world.json"
     if done.exists() and json.loads(done.read_text()) == settings:
         return
     world = World(folder, seed)
     print(f"drawing the demo's picture world into {folder} ...", file=sys.stderr, flush=True)
     world.captions_and_questions(pictures, turns)
-    world.pairs("sft_multi.json", "pair", pairs, "train")
+    training_pairs = world.pairs("pair", pairs, "train")
     world.score("score_heldout.json", "heldout", held_out, "heldout")
     world.score("score_unseen.json", "unseen", held_out, "unseen")
-    world.pairs("score_multi.json", "heldout_pair", held_out, "heldout")
+    world.write("score_multi.json", world.pairs("heldout_pair", held_out, "heldout"))
+    world.write("sft_multi.json", training_pairs + world.clips("clip", clips, "train"))
+    clips_to_score = world.clips("heldout_clip", held_out, "heldout")
+    world.write("score_clips.json", clips_to_score)
+    world.write("score_clips_shuffled.json", world.shuffled(clips_to_score))
     done.write_text(json.dumps(settings))
 
 
@@ -432,6 +505,7 @@ if __name__ == "__main__":
     parser.add_argument("folder", nargs="?", default=FOLDER)
     parser.add_argument("--pictures", type=int, default=6000, help="training pictures (default %(default)s)")
     parser.add_argument("--pairs", type=int, default=3000, help="training pairs of pictures (default %(default)s)")
+    parser.add_argument("--clips", type=int, default=1500, help="training animations (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--eval_pictures", action="store_true", help="make only dataset/eval_images and eval_multi_images"
@@ -440,4 +514,4 @@ if __name__ == "__main__":
     if args.eval_pictures:
         build_eval_pictures("dataset")
         sys.exit()
-    build(args.folder, pictures=args.pictures, pairs=args.pairs, seed=args.seed)
+    build(args.folder, pictures=args.pictures, pairs=args.pairs, clips=args.clips, seed=args.seed)

@@ -38,7 +38,7 @@ from model.dataset import (
 from model.LMConfig import BadInput, LMConfig
 from model.model import rotary_angles
 from model.model_vlm import cover, find_placeholders
-from model.vision_utils import has_vision, load_vision, read_pixels
+from model.vision_utils import has_vision, load_vision, read_frames, read_pixels
 
 
 class Setting(NamedTuple):
@@ -79,6 +79,12 @@ def add_chat_arguments(parser):
         "--weights",
         help="a .pth file or a transformers folder (default: stage 2's, or with --multi stage 3's, in out_dir)",
     )
+    parser.add_argument(
+        "--max_frames",
+        type=int,
+        default=8,
+        help="frames taken of a clip, as many as the context holds (default %(default)s)",
+    )
     parser.add_argument("--quantize", choices=["int8"], help="keep weights in 8 bits (CPU only)")
     for name, setting in SETTINGS.items():
         default = "" if setting.default is None else " (default %(default)s)"
@@ -103,10 +109,21 @@ def settings_of(args):
 class Chat:
     """Model, tokenizer and CLIP, ready to answer. Nothing of a request is kept here, so that threads can share it."""
 
-    def __init__(self, weights, vision_path, tokenizer_path, device="cpu", dtype=torch.float32, int8=False, **sizes):
+    def __init__(
+        self,
+        weights,
+        vision_path,
+        tokenizer_path,
+        device="cpu",
+        dtype=torch.float32,
+        int8=False,
+        max_frames=8,
+        **sizes,
+    ):
         """weights: a .pth file, or a transformers folder, whose own tokenizer and CLIP, if it has them, go before the others.
 
         int8: store the matrices of the language model and of CLIP in 8 bits (CPU only).
+        max_frames: how many frames of a clip are looked at; fewer if the context doesn't hold them.
         sizes: LMConfig fields, for weights that come without a config of their own. BadInput says what is missing.
         `loaded` is a line about what was loaded, and a warning if there is one.
         """
@@ -126,6 +143,7 @@ class Chat:
         self.model = model.to(device=device, dtype=dtype).eval()
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.config, self.device, self.dtype = config, torch.device(device), dtype
+        self.max_frames = max(1, min(max_frames, config.max_seq_len // config.image_tokens - 1))  # and room for words
         if int8:
             quantize(self.model, self.device)
             quantize(self.encoder.model, self.device)
@@ -143,7 +161,7 @@ class Chat:
                 more = " && python 2-sft_vlm.py --demo --multi" if args.multi else ""
                 raise BadInput(f"{weights} not found: train the demo first, with {stages}{more}")
         int8 = args.quantize == "int8"
-        return cls(weights, args.vision_path, args.tokenizer_path, args.device, dtype, int8, **sizes)
+        return cls(weights, args.vision_path, args.tokenizer_path, args.device, dtype, int8, args.max_frames, **sizes)
 
     def prompt(self, turns):
         """Token ids (1, T) of a conversation that ends with a question. BadInput if no answer would fit behind it."""
@@ -151,6 +169,10 @@ class Chat:
         if len(ids) >= self.config.max_seq_len:
             raise BadInput(f"the question has {len(ids)} tokens, the model reads at most {self.config.max_seq_len}")
         return torch.tensor([ids], device=self.device)
+
+    def look(self, files):
+        """Files of pictures and clips as one list of pixels: each picture, and up to `max_frames` frames of each clip."""
+        return [pixels for file in files for pixels in read_frames(file, self.encoder.image_size, self.max_frames)]
 
     def pixels(self, images):
         """Picture files, or pixels from `to_pixels`, as one uint8 tensor (N, 3, S, S)."""

@@ -84,7 +84,10 @@ def add_training_arguments(parser, learning_rate, data_path, images_path):
     add_model_arguments(parser)
     parser.add_argument("--data_path", default=data_path, help="JSON file of records (default %(default)s)")
     parser.add_argument("--images_path", default=images_path, help="folder of its pictures (default %(default)s)")
-    parser.add_argument("--from_weights", help="start from this file instead of the previous stage's")
+    parser.add_argument(
+        "--from_weights", help="start from this file, or transformers folder, instead of the previous stage's"
+    )
+    add_switch(parser, "--freeze_llm", help="train the projector only, and leave the language model as it is")
     parser.add_argument("--seed", type=int, default=1337, help="of random weights and of the order of samples")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch_size", type=int, default=16, help="samples per step and process (default %(default)s)")
@@ -301,7 +304,10 @@ class Run:
         self.samples = len(dataset)
         self.dtype = pick_dtype(args.dtype, args.device)
         self.scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=self.dtype == torch.float16)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, fused=args.device != "mps")
+        if args.freeze_llm:
+            model.requires_grad_(False).vision_proj.requires_grad_(True)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, fused=args.device != "mps")
         self.steps = self.sampler.steps * args.epochs
         self.parallel = DistributedDataParallel(model) if processes.world > 1 else model
 
@@ -374,7 +380,7 @@ class Run:
             ).loss
 
     def save(self, step, epoch):
-        names = ("data_path", "epochs", "batch_size", "accumulation_steps", "learning_rate", "seed")
+        names = ("data_path", "epochs", "batch_size", "accumulation_steps", "learning_rate", "freeze_llm", "seed")
         stage = {"stage": self.stage, **{name: getattr(self.args, name) for name in names}, "steps": step}
         training = [*self.history, {**stage, "processes": self.processes.world}]
         save_weights(

@@ -1,4 +1,4 @@
-"""The frozen CLIP: pictures in, `(N, P, V)` features out; and a cache of features on disk.
+"""The frozen CLIP: pictures in, `(N, P, V)` features out; frames of short clips; and a cache of features on disk.
 
 Shapes: N images, P tokens per image ((image_size / patch_size)^2 + 1 = 50), V vision width (768 for ViT-B/32).
 """
@@ -6,6 +6,7 @@ Shapes: N images, P tokens per image ((image_size / patch_size)^2 + 1 = 50), V v
 import contextlib
 import hashlib
 import json
+import math
 import os
 import threading
 from pathlib import Path
@@ -46,14 +47,84 @@ def normalise(pixels, mean=PIXEL_MEAN, std=PIXEL_STD):
     return (pixels.float() / 255 - mean) / std
 
 
-def read_pixels(path, size):
-    """`to_pixels` of a file; BadInput names the file if it is missing or no picture."""
+@contextlib.contextmanager
+def opened(path):
+    """A Pillow image or a video's file, to be read; BadInput names the file if that fails."""
     try:
-        with Image.open(path) as image:
-            return to_pixels(image, size)
+        with open(path, "rb") if Path(path).suffix.lower() in VIDEOS else Image.open(path) as file:
+            yield file
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         why = getattr(error, "strerror", None) or error
         raise BadInput(f"{path} could not be read as a picture ({why}): replace it or leave it out") from None
+
+
+def read_pixels(path, size):
+    """`to_pixels` of a file; BadInput names the file if it is missing or no picture."""
+    with opened(path) as image:
+        return to_pixels(image, size)
+
+
+# --- short clips ----------------------------------------------------------------------------------------------------
+
+VIDEOS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".webm": "webm", ".mkv": "matroska"}  # suffix -> PyAV's name
+ANIMATED = ("GIF", "WEBP", "PNG")  # of Pillow's formats; the others' further pictures are pages and thumbnails
+MAX_PIXELS = 50_000_000  # of a video's frame
+
+
+def evenly(count, most):
+    """Numbers of at most `most` of `count` frames, evenly spread from the first to the last."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
+
+
+def read_frames(path, size, most):
+    """A file's frames, at most `most` of them, as a list of uint8 pixels (3, size, size); of a still picture, itself.
+
+    Animated GIF, WebP and PNG are read by Pillow, videos by PyAV if it is there. BadInput names the file and what is wrong.
+    """
+    with opened(path) as file:
+        kind = VIDEOS.get(Path(path).suffix.lower())
+        return video_frames(file, kind, size, most) if kind else picture_frames(file, size, most)
+
+
+def picture_frames(image, size, most):
+    """`read_frames` of an open Pillow image."""
+    frames = []
+    for number in evenly(image.n_frames if image.format in ANIMATED else 1, most):
+        image.seek(number)
+        frames.append(to_pixels(image, size))
+    return frames
+
+
+def video_frames(file, kind, size, most, most_pixels=math.inf):
+    """`read_frames` of an open file of a kind that VIDEOS names; ValueError if it is broken.
+
+    Read twice from beginning to end: once to count its frames, once to take some. BadInput if there is no PyAV, or if
+    all its frames together have over `most_pixels`.
+    """
+    try:
+        import av
+    except ImportError:
+        raise BadInput("to read videos, PyAV is needed: pip install av (GIF, WebP and APNG work without)") from None
+    try:
+        with av.open(file, format=kind) as container:
+            if not container.streams.video:
+                raise ValueError("there is no video in it")
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+            count = sum(1 for packet in container.demux(stream) if packet.size)
+            pixels = count * stream.width * stream.height
+            if pixels > most_pixels:
+                raise BadInput(f"{count} frames of {stream.width}x{stream.height} are too long a video: cut it")
+            container.seek(0)
+            wanted = set(evenly(count, most))
+            frames = (frame for number, frame in enumerate(container.decode(stream)) if number in wanted)
+            pixels = [to_pixels(frame.to_image().rotate(frame.rotation, expand=True), size) for frame in frames]
+    except av.FFmpegError as error:
+        raise ValueError(error.strerror) from None
+    if not pixels:
+        raise ValueError("there is no frame in it")
+    return pixels
 
 
 class VisionEncoder:
@@ -178,6 +249,10 @@ class FeatureCache:
         self.key = key
         self.array = None
 
+    def __getstate__(self):
+        """What a worker process is sent: it opens the file itself."""
+        return {**self.__dict__, "array": None}
+
     def ready(self):
         """Opens the cache if it is whole; False if it must be built."""
         whole = self.note.exists() and self.file.exists()
@@ -206,4 +281,6 @@ class FeatureCache:
 
     def __getitem__(self, rows):
         """Features (len(rows), P, V) as a float16 tensor."""
+        if self.array is None:
+            self.ready()
         return torch.from_numpy(self.array[rows])

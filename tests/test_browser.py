@@ -1,13 +1,16 @@
 """The chat page in a real browser: Chromium, driven by Playwright."""
 
 import base64
+import mimetypes
 import os
 import re
 import shutil
 
 import pytest
 from conftest import ROOT, say
+from PIL import Image
 from playwright.sync_api import expect, sync_playwright
+from test_clips import animated, video
 from test_web import serving
 
 from web_server import create_app
@@ -74,14 +77,16 @@ def visit(app, browser):
 
 
 def drop(page, *files):
-    """Drops picture files on the page, as a person drags them from a folder."""
-    contents = [[file.name, base64.b64encode(file.read_bytes()).decode()] for file in files]
+    """Drops files on the page, as a person drags them from a folder."""
+    contents = [
+        [file.name, mimetypes.guess_type(file.name)[0], base64.b64encode(file.read_bytes()).decode()] for file in files
+    ]
     page.evaluate(
         """contents => {
             const transfer = new DataTransfer();
-            for (const [name, data] of contents) {
+            for (const [name, type, data] of contents) {
                 const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
-                transfer.items.add(new File([bytes], name, { type: "image/jpeg" }));
+                transfer.items.add(new File([bytes], name, { type }));
             }
             for (const type of ["dragenter", "dragover", "drop"])
                 document.body.dispatchEvent(new DragEvent(type, { dataTransfer: transfer, bubbles: true, cancelable: true }));
@@ -155,6 +160,25 @@ def test_what_it_looked_at(visit, pictures):
     assert len(maps) == 4  # another map for another token or layer
     page.get_by_role("button", name="Hide").click()
     expect(canvases).to_have_count(0)
+
+
+def test_clips_are_watched_and_what_was_seen_of_them_is_shown(visit, pictures, tmp_path):
+    page = visit("en-US")
+    film = video(tmp_path / "film.webm", [Image.open(path).resize((64, 64)) for path in pictures[:20]], "libvpx-vp9")
+    clip = animated(tmp_path / "clip.gif", [Image.open(path) for path in pictures[:3]])
+    drop(page, film, clip, pictures[0])
+    expect(page.locator("#thumbnails video")).to_have_count(1)
+    page.wait_for_function("document.querySelector('#thumbnails video').currentTime > 0")  # it plays
+    expect(page.locator("#thumbnails img")).to_have_count(2)
+    with page.expect_request("**/completions") as request:
+        ask(page, "?")
+    parts = request.value.post_data_json["messages"][0]["content"]
+    assert [part["type"] for part in parts] == ["video_url", "video_url", "image_url", "text"]
+    expect(bubble(page)).to_have_text(LONG)
+    page.get_by_role("button", name="What it looked at").click()
+    expect(page.locator(".heat canvas")).to_have_count(8 + 3 + 1)
+    seen = page.locator(".heat img").evaluate_all("images => images.map((image) => image.naturalWidth)")
+    assert seen == [64] * 11 + [224]  # frames as the model saw them, and the picture as it was sent
 
 
 def test_samples_and_their_questions(visit):

@@ -8,6 +8,7 @@ import torch
 from conftest import golden
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from dataset import demo
@@ -209,11 +210,26 @@ def test_processes_share_the_same_global_batches(count):
 
 def test_demo_world_is_read_by_the_ordinary_dataset(world, tokenizer):
     config = config_for(tokenizer)
-    for name, images in (("pretrain", 1), ("sft", 1), ("sft_multi", 2), ("score_heldout", 1), ("score_multi", 2)):
+    for name, images in (
+        ("pretrain", 1),
+        ("sft", 1),
+        ("sft_multi", 2),
+        ("score_heldout", 1),
+        ("score_multi", 2),
+        ("score_clips", 4),
+    ):
         dataset = VLMDataset(world / f"{name}.json", world / "images", tokenizer, config, 512, image_size=224)
         batch = collate([dataset[i] for i in range(4)])
         assert batch["pixel_values"].shape == (4 * images, 3, 224, 224)
         assert dataset.dropped == 0
+
+
+def test_workers_that_are_spawned_read_the_same(world, tokenizer):
+    """As on Windows and macOS, where a worker starts from nothing and is sent the dataset."""
+    dataset = VLMDataset(world / "sft.json", world / "images", tokenizer, config_for(tokenizer), 512, image_size=32)
+    spawned = DataLoader(dataset, 4, collate_fn=collate, num_workers=1, multiprocessing_context="spawn")
+    for batch, own in zip(spawned, DataLoader(dataset, 4, collate_fn=collate), strict=True):
+        assert all(torch.equal(batch[name], own[name]) for name in own)
 
 
 def test_demo_splits_share_no_scene():

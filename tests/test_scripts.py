@@ -1,6 +1,7 @@
 """The numbered scripts, each as a process of its own, on small files of the real formats."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -10,13 +11,15 @@ import pytest
 import torch
 from conftest import ROOT, run, run_python
 from PIL import Image
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from dataset import demo
+from model.chat import Chat
 from model.checkpoint import read_notes, read_weights
 from model.dataset import tokenizer_fields
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
-from model.trainer import learning_rate_at
+from model.trainer import default_device, learning_rate_at, pick_dtype
 
 PRETRAIN, SFT, CHAT = "1-pretrain_vlm.py", "2-sft_vlm.py", "3-eval_chat.py"
 
@@ -105,6 +108,76 @@ def test_stage_after_stage_to_an_answer(place, tokenizer):
 
 def world_file(place):
     return place.world / "score_heldout.json"
+
+
+def test_a_frozen_language_model_stays_as_it_is(place, tokenizer):
+    save_llm(place, tokenizer)
+    code, _, err = place.pretrain("--freeze_llm", "--epochs", 2, "--learning_rate", 1e-2)
+    assert code == 0, err
+    before, after = read_weights(place.out / "64_llm.pth"), read_weights(place.out / "64_vlm_pretrain.pth")
+    assert all(torch.equal(before[name], after[name]) for name in before) and len(after) == len(before) + 1
+    losses = [line["loss"] for line in place.log("64_vlm_pretrain")]
+    assert losses[-1] < losses[0]
+    assert read_notes(place.out / "64_vlm_pretrain.pth")["training"][0]["freeze_llm"] is True
+
+    code, out, err = place.sft("sft.json", "--from_weights", place.out / "64_vlm_pretrain.pth", "--epochs", 2)
+    assert code == 0 and f"loaded {place.out / '64_vlm_pretrain.pth'}" in out, err
+    stages = read_notes(place.out / "64_vlm_sft.pth")["training"]
+    assert [(stage["stage"], stage["epochs"], stage["steps"]) for stage in stages] == [
+        ("pretrain", 2, 12),
+        ("sft", 2, 12),
+    ]
+
+
+def test_half_precision_with_scaled_losses(place, tokenizer):
+    """The way of GPUs without bfloat16, as far as a CPU can go it: float16 products, and a GradScaler."""
+    save_llm(place, tokenizer)
+    code, _, err = place.pretrain("--dtype", "float16", "--epochs", 3)
+    assert code == 0, err
+    losses = [line["loss"] for line in place.log("64_vlm_pretrain")]
+    norms = [line["grad_norm"] for line in place.log("64_vlm_pretrain")]
+    assert losses[-1] < losses[0] - 0.1 and sum(math.isfinite(norm) for norm in norms) > len(norms) / 2
+    before, after = read_weights(place.out / "64_llm.pth"), read_weights(place.out / "64_vlm_pretrain.pth")
+    assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in after.values())
+    assert not torch.equal(before["layers.0.attention.wq.weight"], after["layers.0.attention.wq.weight"])
+
+
+def test_apple_s_gpu_is_chosen_where_there_is_one(monkeypatch):
+    for cuda, mps, device in ((False, False, "cpu"), (False, True, "mps"), (True, False, "cuda")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda there=cuda: there)
+        monkeypatch.setattr("torch.backends.mps.is_available", lambda there=mps: there)
+        assert default_device() == device
+    assert pick_dtype(None, "mps") == torch.float32
+
+
+def test_a_clip_of_the_size_of_vit_l_14(place, tokenizer, tmp_path):
+    """257 vectors of 1,024 a picture (fewer layers than the real one): a stage, an answer, and a refusal of another CLIP."""
+    clip = tmp_path / "clip-vit-large-patch14"
+    sizes = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, image_size=224, patch_size=14)
+    CLIPVisionModel(CLIPVisionConfig(**sizes, num_hidden_layers=2)).save_pretrained(clip)
+    place.training[place.training.index("--vision_path") + 1] = clip
+    save_llm(place, tokenizer)
+    few = json.loads((place.world / "pretrain.json").read_text(encoding="utf-8"))[:8]
+    (tmp_path / "few.json").write_text(json.dumps(few), encoding="utf-8")
+    code, out, err = place.pretrain("--data_path", tmp_path / "few.json")
+    assert code == 0 and "step 1/1: loss" in out, err
+    weights = place.out / "64_vlm_pretrain.pth"
+    assert read_weights(weights)["vision_proj.vision_proj.0.weight"].shape == (64, 1024)
+
+    chat = Chat(weights, clip, ROOT / "model" / "demo")
+    answer = chat.stream("颜色？", [ROOT / "dataset/eval_images/左上角大红色星形.png"], max_new_tokens=3)
+    list(answer)
+    assert answer.finish_reason in ("length", "stop")
+    asked = answer.ids[0].tolist()
+    assert (asked.count(tokenizer.convert_tokens_to_ids("<")), asked.count(tokenizer.convert_tokens_to_ids(">"))) == (
+        128,
+        129,
+    )
+    assert chat.max_frames == 1  # more pictures of 257 tokens than one don't fit into 512
+    code, _, err = run_python(CHAT, *place.model, "--weights", weights)
+    assert (
+        code == 1 and f"{weights} has vision_width 1024, and 48 is wanted: it was trained with another CLIP" in err
+    ), err
 
 
 def test_experts_train_in_both_precisions(place, tokenizer):

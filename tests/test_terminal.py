@@ -10,6 +10,8 @@ import time
 
 import pytest
 from conftest import ROOT, heed_interrupts, run_python, save_random_vlm
+from PIL import Image
+from test_clips import animated
 
 pty = pytest.importorskip("pty", reason="pseudo-terminals are a thing of Unix")
 
@@ -79,7 +81,7 @@ def screen(flags):
     screen.close()
 
 
-def test_a_talk(screen, pictures):
+def test_a_talk(screen, pictures, tmp_path):
     greeting = screen.until("\npicture> ")
     assert "64_vlm_sft" in greeting and "dataset/eval_images/左上角大红色星形.png" in greeting
 
@@ -101,6 +103,12 @@ def test_a_talk(screen, pictures):
     screen.type("两张图有什么不同？\n")
     screen.until(r"\[20 tokens.*\]\n\n> ")
 
+    clip = animated(tmp_path / "clip.webp", [Image.open(path) for path in pictures[:12]])
+    screen.type(f"/image {clip} {pictures[1]}\n")
+    assert f"looking at 8 frames of clip.webp and {pictures[1].name}" in screen.until("\n> ")
+    screen.type("先后有什么不同？\n")
+    screen.until(r"\[20 tokens.*\]\n\n> ")
+
     screen.type("/set temperature hot\n")
     assert "temperature should be a number from 0 to 2, not 'hot'" in screen.until("\n> ")
     screen.type("/set colour 1\n")
@@ -114,6 +122,7 @@ def test_a_talk(screen, pictures):
     screen.until("说得长一点\n.{10}")
     screen.type("\x03")  # Ctrl-C
     assert int(re.search(r"\[stopped\]\n\[(\d+) tokens", screen.until("\n> ")).group(1)) < 40_000
+    time.sleep(0.5)  # readline shows its prompt a moment before it heeds Ctrl-C
     screen.type("\x03")
     assert "/exit leaves" in screen.until("\n> ")
     screen.type("\x1b[A\x1b[A\n")  # two lines up in the history, and again

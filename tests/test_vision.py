@@ -1,5 +1,7 @@
 """Preprocessing, the frozen CLIP and its feature cache."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -76,6 +78,18 @@ def test_features_are_the_encoder_output_before_pooling(tiny_clip):
     torch.testing.assert_close(features, expected.hidden_states[-1])
     torch.testing.assert_close(torch.cat([encoder(one[None]) for one in pixels]), features, atol=1e-5, rtol=1e-5)
     assert not any(p.requires_grad for p in encoder.model.parameters())
+
+
+def test_a_cache_opens_its_file_in_every_worker(tiny_clip, pictures, tmp_path):
+    """What a spawned process is sent holds no features: on the real data they are 45 GB."""
+    encoder = load_vision(tiny_clip)
+    cache = FeatureCache(tmp_path, "key")
+    pixels = torch.stack([read_pixels(path, encoder.image_size) for path in pictures[:3]])
+    cache.build(encoder, pictures[:3], [pixels], lambda count: None)
+    assert cache.ready()
+    sent = pickle.dumps(cache)
+    assert len(sent) < 1000
+    assert torch.equal(pickle.loads(sent)[np.array([2, 0])], cache[np.array([2, 0])])
 
 
 def test_loads_only_the_vision_half_and_quietly(tmp_path, capfd):

@@ -265,7 +265,7 @@ def malformed(good):
         (broken(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "eps"), "can't be read: no picture"),
         (broken(content[: len(content) // 2]), "picture 1 can't be read: .*truncated"),
         (broken(content[:20]), "picture 1 can't be read"),
-        (question("?", bomb(10_000, 10_000)), "picture 1 has 100 megapixels, over 50"),
+        (question("?", bomb(10_000, 10_000)), "picture 1: it has 100 megapixels, over 50"),
         (question("?", bomb(60_000, 60_000)), "picture 1 can't be read: Image size .* exceeds limit"),
         (question("?", bomb(100, 100)), "picture 1 can't be read"),
     ]

@@ -8,16 +8,16 @@ const TEXTS = {
     seed: "随机种子", seed_random: "每次不同", reset: "恢复默认",
     welcome: "让小小的模型看一看", samples: "点一张图片试试，或者拖入、粘贴你自己的图片",
     welcome_text: "图片由冻结的 CLIP 变成 50 个向量，经一个线性层译成语言模型的词嵌入，模型接着写出答案。每个问题单独回答：模型看得到图片，看不到前面说过的话。",
-    ask: "问问这张图片……", ask_without: "先选一张图片，再提问……", add: "添加图片", send: "发送", stop: "停止", remove: "移除图片",
+    ask: "问问这张图片……", ask_without: "先选一张图片，再提问……", add: "添加图片或短视频", send: "发送", stop: "停止", remove: "移除图片",
     attached: "要问的图片", questions: "可以这样问", log: "对话", picture: "图片", drop: "松手即可添加图片",
     alone: "每个问题单独回答，图片会保留，可以接着问。小模型会出错。",
     copy: "复制", copied: "已复制", again: "重新回答", look: "它看了哪里", hide: "收起",
     waiting: (n) => `前面还有 ${n} 位，请稍候……`, speed: (rate, n) => `${n} 个 token，${rate} token/s`, count: (n) => `${n} 个 token`,
     stopped: "已停止", cut: "已到长度上限", lost: "和服务器的连接断了，它还在运行吗？", empty: "先写下问题。",
-    layer: "层", mean: "各层平均", share: (percent) => `这一步有 ${percent}% 的注意力在这张图片上`,
+    layer: "层", mean: "各层平均", share: (percent) => `这一步有 ${percent}% 的注意力在这里`,
     pick: "把指针移到、点按答案里的词，或用方向键选词。亮处是写下这个词的那一步注意力所在的图块（7×7，各头平均，相对最亮的一块）。注意力说明信息从哪里读来，并不说明模型为什么这样回答。",
     parameters: (n) => `${n}M 参数`, too_big: (name, mb) => `${name} 超过 ${mb} MB，请换一张小一些的。`,
-    too_many: (n) => `模型一次最多看 ${n} 张图片。`, not_picture: (name) => `${name} 不是图片。`, describe: "描述这张图片。",
+    too_many: (n) => `模型一次最多看 ${n} 张图片。`, not_picture: (name) => `${name} 不是图片，也不是视频。`, describe: "描述这张图片。",
   },
   en: {
     language: "中", language_label: "中文", theme: "Light or dark", clear: "Clear the talk", settings: "How it answers",
@@ -25,16 +25,16 @@ const TEXTS = {
     seed: "Seed", seed_random: "another each time", reset: "Back to defaults",
     welcome: "Let a tiny model look", samples: "Pick a picture to begin, or drop or paste one of yours",
     welcome_text: "A frozen CLIP turns a picture into 50 vectors, one linear layer translates them into the language model's embeddings, and the model writes on from there. Each question stands alone: the model sees the pictures, not what was said before.",
-    ask: "Ask about the picture…", ask_without: "Pick a picture, then ask…", add: "Add pictures", send: "Send", stop: "Stop", remove: "Remove the picture",
+    ask: "Ask about the picture…", ask_without: "Pick a picture, then ask…", add: "Add pictures or a clip", send: "Send", stop: "Stop", remove: "Remove the picture",
     attached: "Pictures to ask about", questions: "Questions to try", log: "Talk", picture: "picture", drop: "Drop to add the picture",
     alone: "Each question stands alone; the pictures stay, so you can ask on. Small models make mistakes.",
     copy: "Copy", copied: "Copied", again: "Answer again", look: "What it looked at", hide: "Hide",
     waiting: (n) => `${n} ahead of you, one moment…`, speed: (rate, n) => `${n} tokens, ${rate} tokens/s`, count: (n) => `${n} tokens`,
     stopped: "stopped", cut: "cut at the longest length", lost: "The connection to the server is lost: is it still running?", empty: "Write a question first.",
-    layer: "Layer", mean: "mean of all", share: (percent) => `${percent}% of this step's attention was on this picture`,
+    layer: "Layer", mean: "mean of all", share: (percent) => `${percent}% of this step's attention was here`,
     pick: "Point at or tap a word of the answer, or use the arrow keys. Bright are the patches (7×7, averaged over heads, relative to the brightest) that the step which wrote the word attended to. Attention tells where information was read from, not why the model answered so.",
     parameters: (n) => `${n}M parameters`, too_big: (name, mb) => `${name} is over ${mb} MB: pick a smaller one.`,
-    too_many: (n) => `The model looks at ${n} pictures at most.`, not_picture: (name) => `${name} is no picture.`, describe: "描述这张图片。",
+    too_many: (n) => `The model looks at ${n} pictures at most.`, not_picture: (name) => `${name} is neither picture nor video.`, describe: "描述这张图片。",
   },
 };
 
@@ -115,7 +115,7 @@ const readFile = (file) => new Promise((resolve, reject) => {
 
 async function addFiles(files) {
   for (const file of files) {
-    if (!file.type.startsWith("image/")) notice(t("not_picture", file.name));
+    if (!/^(image|video)\//.test(file.type)) notice(t("not_picture", file.name));
     else if (file.size > info.max_picture_bytes) notice(t("too_big", file.name, info.max_picture_bytes / 1e6));
     else if (pictures.length >= info.max_pictures) notice(t("too_many", info.max_pictures));
     else pictures.push({ url: await readFile(file), name: file.name, questions: [] });
@@ -132,6 +132,14 @@ async function pickSample(sample) {
   $("question").focus();
 }
 
+const isVideo = (picture) => picture.url.startsWith("data:video/");
+
+/** A picture to look at; a video plays as a GIF does. */
+function show(picture) {
+  if (!isVideo(picture)) return make("img", { src: picture.url, alt: picture.name });
+  return make("video", { src: picture.url, title: picture.name, muted: true, loop: true, autoplay: true, playsInline: true });
+}
+
 /** The thumbnails, and questions to try about them. */
 function showPictures() {
   $("thumbnails").replaceChildren(...pictures.map((picture) => {
@@ -139,7 +147,7 @@ function showPictures() {
       type: "button", data: { label: "remove" },
       onclick: () => { pictures = pictures.filter((one) => one !== picture); showPictures(); $("question").focus(); },
     }, icon("close"));
-    return make("li", {}, make("img", { src: picture.url, alt: picture.name }), remove);
+    return make("li", {}, show(picture), remove);
   }));
   $("question").dataset.placeholder = pictures.length ? "ask" : "ask_without";
   const questions = pictures.length ? new Set([...pictures[0].questions, ...(pictures.length === 1 ? [t("describe")] : [])]) : [];
@@ -176,13 +184,15 @@ class Turn {
     this.bubble = make("div", { className: "bubble" });
     this.tools = make("div", { className: "tools" });
     this.answer = make("div", { className: "answer" }, this.bubble, this.tools);
-    const shown = make("div", { className: "pictures" }, ...asked.map((one) => make("img", { src: one.url, alt: one.name })));
+    const shown = make("div", { className: "pictures" }, ...asked.map(show));
     const mine = make("div", { className: "mine" }, shown, make("div", { className: "bubble", textContent: question }));
     this.element = make("article", { className: "turn" }, mine, this.answer);
   }
 
   get messages() {
-    const parts = this.pictures.map((picture) => ({ type: "image_url", image_url: { url: picture.url } }));
+    // what may move is sent as a clip; a still GIF, WebP or PNG is a clip of one frame
+    const parts = this.pictures.map(({ url }) => (/^data:(video|image\/(gif|webp|a?png))/.test(url)
+      ? { type: "video_url", video_url: { url } } : { type: "image_url", image_url: { url } }));
     return [{ role: "user", content: [...parts, { type: "text", text: this.question }] }];
   }
 
@@ -336,10 +346,11 @@ class Turn {
     this.layer = make("select", { onchange: () => this.showHeat(this.shown) }, make("option", { value: "mean", data: { text: "mean" } }));
     for (let i = 1; i <= info.layers; i++) this.layer.append(make("option", { value: i, textContent: i }));
     const grid = this.shares.grid;
-    this.maps = this.pictures.map((picture) => ({
+    const seen = this.pictures.flatMap((picture, i) => this.shares.frames[i].map((url) => ({ url: url ?? picture.url, name: picture.name })));
+    this.maps = seen.map(({ url, name }) => ({
       canvas: make("canvas", { width: grid, height: grid }),
       caption: make("figcaption"),
-      image: make("img", { src: picture.url, alt: picture.name }),
+      image: make("img", { src: url, alt: name }),
     }));
     const figures = this.maps.map((map) => make("figure", {}, make("div", { className: "layered" }, map.image, map.canvas), map.caption));
     this.heat = make("div", { className: "heat" },

@@ -1,0 +1,191 @@
+"""Short clips: which frames are taken of them, and that an answer about a clip is one about its frames."""
+
+import base64
+import io
+import random
+import sys
+
+import av
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+from test_web import ask, flags, picture_url, question  # noqa: F401  flags is a fixture
+
+from dataset import demo
+from model.LMConfig import BadInput
+from model.vision_utils import evenly, read_frames, to_pixels
+from web_server import create_app
+
+
+def shades(count, size=(64, 48)):
+    """Pictures of one grey each, from black on, told apart by their brightness."""
+    return [Image.new("RGB", size, (5 * i, 5 * i, 5 * i)) for i in range(count)]
+
+
+def animated(path, pictures):
+    lossless = {"lossless": True} if path.suffix == ".webp" else {}
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], **lossless)
+    return path
+
+
+def video(path, pictures, codec, rotation=0):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.width, stream.height = pictures[0].size
+        stream.pix_fmt = "yuv420p"
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
+    return path
+
+
+def seen(path, most=8):
+    """The brightness of the frames that are taken, as numbers of `shades`."""
+    return [round(frame.float().mean().item() / 5) for frame in read_frames(path, 32, most)]
+
+
+def test_frames_are_spread_evenly_from_the_first_to_the_last():
+    assert evenly(3, 8) == [0, 1, 2] and evenly(1, 8) == [0] and evenly(9, 1) == [0]
+    assert evenly(100, 4) == [0, 33, 66, 99]
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.mp4", "a.webm", "a.mov"])
+def test_every_kind_of_clip_gives_its_frames(tmp_path, name):
+    path = tmp_path / name
+    for count, most, wanted in ((40, 4, [0, 13, 26, 39]), (3, 8, [0, 1, 2])):
+        if name[-3:] in ("gif", "ebp", "png"):
+            animated(path, shades(count))
+        else:
+            video(path, shades(count), "libvpx-vp9" if name == "a.webm" else "libx264")
+        frames = read_frames(path, 32, most)
+        assert {tuple(frame.shape) for frame in frames} == {(3, 32, 32)}
+        assert np.abs(np.array(seen(path, most)) - wanted).max() <= 1  # video codecs change shades a little
+
+
+def test_pages_and_stills_are_one_picture(tmp_path, pictures):
+    tiff = animated(tmp_path / "pages.tiff", shades(5))
+    assert seen(tiff) == [0]
+    size = 64
+    with Image.open(pictures[0]) as image:
+        assert (read_frames(pictures[0], size, 8)[0] == to_pixels(image, size)).all()
+        assert len(read_frames(pictures[0], size, 8)) == 1
+
+
+def test_a_video_held_upright_is_seen_upright(tmp_path):
+    picture = Image.new("RGB", (64, 48))
+    picture.paste((255, 0, 0), (0, 0, 32, 48))  # the left half is red
+    frame = read_frames(video(tmp_path / "a.mp4", [picture] * 3, "libx264", rotation=90), 32, 1)[0]
+    assert frame[0, 24:].float().mean() > 200 and frame[0, :8].float().mean() < 60  # turned left: now the lower half is
+
+
+def test_what_is_no_clip_is_said(tmp_path, monkeypatch):
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(video(tmp_path / "a.mp4", shades(9), "libx264").read_bytes()[:300])
+    for path, says in (
+        (broken, "broken.mp4 could not be read as a picture .Invalid data"),
+        (tmp_path / "nowhere.webm", "nowhere.webm could not be read as a picture .No such file"),
+    ):
+        with pytest.raises(BadInput, match=says):
+            read_frames(path, 32, 8)
+    monkeypatch.setitem(sys.modules, "av", None)  # as if it were not installed
+    with pytest.raises(BadInput, match="to read videos, PyAV is needed: pip install av"):
+        read_frames(tmp_path / "a.mp4", 32, 8)
+
+
+def test_an_answer_about_a_clip_is_one_about_its_frames(chat, pictures, tmp_path):
+    frames = [Image.open(path) for path in pictures[:3]]
+    clip = animated(tmp_path / "a.webp", frames)
+    apart = []
+    for i, frame in enumerate(frames):
+        frame.save(tmp_path / f"{i}.png")
+        apart.append(tmp_path / f"{i}.png")
+    greedy = {"temperature": 0, "max_new_tokens": 12}
+    wanted = "".join(chat.stream("动画里有什么变化？", apart, **greedy))
+    assert "".join(chat.stream("动画里有什么变化？", chat.look([clip]), **greedy)) == wanted
+    assert "".join(chat.stream("动画里有什么变化？", apart[::-1], **greedy)) != wanted
+    chat.max_frames = 2
+    assert len(chat.look([clip, *apart])) == 2 + 3
+
+
+@pytest.fixture
+def client(flags, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(ROOT)
+    return create_app(*flags, "--max_frames", "3").test_client()
+
+
+def part(kind, url):
+    return {"type": kind, kind: {"url": url}}
+
+
+def data_url(path, type):
+    return f"data:{type};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def test_clips_come_in_by_the_api(client, pictures, tmp_path):
+    frames = [Image.open(path) for path in pictures[:5]]
+    clip = data_url(animated(tmp_path / "a.webp", frames), "image/webp")
+    stills = [picture_url(frames[i]) for i in (0, 2, 4)]
+
+    def asked(*parts):
+        messages = [{"role": "user", "content": [*parts, {"type": "text", "text": "动画里有什么变化？"}]}]
+        return {"messages": messages, "max_tokens": 12, "return_token_ids": True}
+
+    def answer(*parts):
+        reply = ask(client, **asked(*parts))
+        assert reply.status_code == 200, reply.get_json()
+        return reply.get_json()["choices"][0]["message"]
+
+    whole = answer(part("video_url", clip))
+    assert whole == answer(*(part("image_url", still) for still in stills))
+    first = answer(part("image_url", clip))
+    assert first == answer(part("image_url", stills[0])) == answer(part("video_url", stills[0])) != whole
+
+    body = {"messages": asked(part("image_url", stills[0]), part("video_url", clip))["messages"], "token_ids": [5, 6]}
+    looked = client.post("/attention", json=body).get_json()
+    assert np.array(looked["shares"]).shape[:3] == (2, 2, 4)
+    assert looked["frames"][0] == [None] and len(looked["frames"][1]) == 3
+    jpeg = Image.open(io.BytesIO(base64.b64decode(looked["frames"][1][1].partition(",")[2])))
+    assert jpeg.size == (64, 64)
+    small = np.asarray(frames[2].resize((64, 64), Image.Resampling.BICUBIC), dtype=float)
+    assert np.abs(np.asarray(jpeg, dtype=float) - small).mean() < 6
+
+    for suffix, type in ((".mp4", "video/mp4"), (".webm", "video/webm")):
+        codec = "libx264" if suffix == ".mp4" else "libvpx-vp9"
+        film = data_url(video(tmp_path / f"a{suffix}", shades(20), codec), type)
+        assert answer(part("video_url", film))["content"]
+
+
+def test_clips_that_can_t_be_read_are_refused(client, tmp_path, monkeypatch):
+    monkeypatch.setattr("web_server.MAX_CLIP_PIXELS", 100_000)
+    film = video(tmp_path / "a.mp4", shades(9), "libx264")
+    long = video(tmp_path / "long.mp4", shades(50), "libx264")
+    heavy = animated(tmp_path / "heavy.gif", shades(40))
+    for one, says in (
+        (part("image_url", data_url(film, "video/mp4")), "a video should be sent as video_url"),
+        (part("video_url", "data:video/mp4;base64,AAAA"), "picture 1 can't be read: Invalid data"),
+        (part("video_url", data_url(film, "video/x-msvideo")), "no picture or clip, or of a kind that is not read"),
+        (part("video_url", data_url(long, "video/mp4")), "50 frames of 64x48 are too long a video: cut it"),
+        (part("video_url", data_url(heavy, "image/gif")), "it has 40 frames, too many of this size: cut it"),
+        (part("video_url", "http://example.com/a.mp4"), "only data: URLs are read"),
+    ):
+        reply = ask(client, messages=[{"role": "user", "content": [one, {"type": "text", "text": "?"}]}])
+        assert reply.status_code == 400 and says in reply.get_json()["error"]["message"], reply.get_json()
+    assert ask(client, messages=question("颜色？"), max_tokens=2).status_code == 200
+
+
+def test_the_demo_s_animations_show_what_they_tell():
+    rng = random.Random(0)
+    kinds = set()
+    for _ in range(60):
+        pictures, told, kind = demo.animation(rng)
+        kinds.add(kind)
+        frames = np.stack([np.asarray(picture, dtype=int) for picture in pictures])
+        moved = np.abs(np.diff(frames, axis=0)).max(axis=(1, 2, 3)) > 20  # between which frames anything changes
+        assert moved.all() if kind == "move" else moved.sum() == 1
+        x, y = demo.PLACES[told[1:4] if told[1:4] in demo.PLACES else next(p for p in demo.PLACES if p in told)]
+        place = frames[:, y - 30 : y + 30, x - 30 : x + 30]
+        assert np.abs(place[0] - place[-1]).max() > 20  # and it is where the words say
+    assert kinds == set(demo.CLIP_EDITS)
