@@ -10,8 +10,9 @@ import argparse
 from pathlib import Path
 
 from dataset import demo
+from model.arguments import DEMO_MODEL, add_switch, add_training_arguments, parse_with_demo, run_script
 from model.checkpoint import weights_name
-from model.trainer import DEMO_MODEL, add_switch, add_training_arguments, parse_with_demo, run_script, train
+from model.trainer import train
 
 DEMO = {
     **DEMO_MODEL,

@@ -11,8 +11,9 @@ import argparse
 from pathlib import Path
 
 from dataset import demo
+from model.arguments import DEMO_MODEL, add_switch, add_training_arguments, parse_with_demo, run_script
 from model.checkpoint import weights_name
-from model.trainer import DEMO_MODEL, add_switch, add_training_arguments, parse_with_demo, run_script, train
+from model.trainer import train
 
 DEMO = {
     **DEMO_MODEL,
@@ -24,7 +25,7 @@ DEMO = {
     "warmup_iters": 20,
 }
 MULTI = {"data_path": "dataset/sft_multi_vlm_data.json", "images_path": "dataset/sft_multi_images"}
-DEMO_MULTI = {**DEMO, "epochs": 8, "data_path": "dataset/demo_world/sft_multi.json"}
+DEMO_MULTI = {**DEMO, "epochs": 6, "data_path": "dataset/demo_world/sft_multi.json"}
 
 
 def main():

@@ -15,9 +15,7 @@ import sys
 from pathlib import Path
 
 from dataset import demo
-from model.chat import SETTINGS, Chat, add_chat_arguments, read_questions, score, settings_of
-from model.LMConfig import BadInput
-from model.trainer import (
+from model.arguments import (
     DEMO_MODEL,
     add_model_arguments,
     add_switch,
@@ -26,6 +24,8 @@ from model.trainer import (
     pick_dtype,
     run_script,
 )
+from model.chat import SETTINGS, Chat, add_chat_arguments, read_questions, score, settings_of
+from model.LMConfig import BadInput
 
 DEMO = {
     **DEMO_MODEL,

@@ -33,10 +33,7 @@ from PIL import Image, UnidentifiedImageError
 from werkzeug.exceptions import HTTPException, NotFound, RequestEntityTooLarge, ServiceUnavailable, UnsupportedMediaType
 from werkzeug.serving import make_server
 
-from model.chat import SETTINGS, Chat, add_chat_arguments, read_questions, settings_of
-from model.dataset import as_conversation
-from model.LMConfig import BadInput
-from model.trainer import (
+from model.arguments import (
     DEMO_MODEL,
     add_model_arguments,
     add_switch,
@@ -45,6 +42,9 @@ from model.trainer import (
     pick_dtype,
     run_script,
 )
+from model.chat import SETTINGS, Chat, add_chat_arguments, read_questions, settings_of
+from model.dataset import as_conversation
+from model.LMConfig import BadInput
 from model.vision_utils import MAX_PIXELS, picture_frames, video_frames
 
 DEMO = {**DEMO_MODEL, "temperature": 0.0}  # the demo's questions have one right answer

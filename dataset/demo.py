@@ -324,14 +324,14 @@ CLIP_EDITS = ["recolour", "move", "remove", "add"]
 FRAMES = 4
 
 
-def animation(rng, split="train"):
+def animation(rng, split="train", kinds=CLIP_EDITS):
     """A thing moves, changes colour, vanishes or appears: (pictures, what happened in words, its kind).
 
     The words are those of `edit`. All else stays as it is; what does not move changes between two frames.
     """
     while True:
         scene = random_scene(rng, split, counts=(1, 2, 2))
-        old, new, told, kind = edit(scene, rng, CLIP_EDITS)
+        old, new, told, kind = edit(scene, rng, kinds)
         after = replaced(scene, old, new)
         if after and split_of(after) == split:
             break
@@ -497,6 +497,12 @@ def build_eval_pictures(folder, seed=1):
         before, after, _, _ = scene_pair(rng, "heldout")
         names = [save(scene, folder / "eval_multi_images") for scene in (before, after)]
         asked.append((names, f"<image>\n<image>\n{PAIR_PROMPTS[0]}"))
+    for kind in ("move", "recolour", "remove"):
+        frames, told, _ = animation(rng, "heldout", [kind])
+        name = f"动画_{told}.webp"
+        place = folder / "eval_multi_images" / name
+        frames[0].save(place, save_all=True, append_images=frames[1:], duration=600, loop=0, quality=90)
+        asked.append(([name], CLIP_PROMPTS[0]))  # its frames are put in front
     write(asked, folder / "eval_multi_images")
 
 

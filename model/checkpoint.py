@@ -213,7 +213,10 @@ def write_weights(path, state, notes):
 
 
 def replace_file(path, write):
-    """Calls write(open file) on a temporary file and puts it, once it is on disk, in the place of `path`."""
+    """Calls write(open file) on a temporary file and puts it, once it is on disk, in the place of `path`.
+
+    OSError if there is no room or no right to write; `path` is then what it was.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(partial, "wb") as f:
@@ -221,5 +224,8 @@ def replace_file(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
+    except RuntimeError as error:  # what torch.save makes of a file that could not be written
+        cause = error.__context__
+        raise cause if isinstance(cause, OSError) else error from None
     finally:
         partial.unlink(missing_ok=True)

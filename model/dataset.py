@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from model.LMConfig import BadInput
+from model.LMConfig import BadInput, BadRecord
 from model.vision_utils import read_pixels
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+MOST_IN_A_ROW = 100  # bad records that are passed over for one good one
 
 
 # --- text -> token ids ----------------------------------------------------------------------------------------------
@@ -110,13 +111,13 @@ def encode_prompt(tokenizer, question, config):
 
 
 def read_records(path):
-    """The list of records of a JSON file. BadInput if it is missing or of another shape."""
+    """The list of records of a JSON file. BadInput if it is missing or no such list."""
     path = Path(path)
     if not path.exists():
         raise BadInput(f"{path} not found: see dataset/README.md for where to get it, use --data_path, or try --demo")
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not valid JSON ({error})") from None
     if not isinstance(records, list) or not records:
         raise BadInput(f"{path} should be a JSON list of records with 'image' and 'conversations'")
@@ -124,19 +125,88 @@ def read_records(path):
 
 
 def parse_record(record, where, config):
-    """A record -> (turns, image names). BadInput says what is wrong `where`."""
-    try:
-        names = [name.strip() for name in record.get("image", "").split(",") if name.strip()]
-        turns = [
-            (ROLES[turn.get("role", turn.get("from"))], turn.get("content", turn.get("value")))
-            for turn in record["conversations"]
-        ]
-        wanted = sum(len(split_at_images(text, config)) - 1 for _, text in turns)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise BadInput(f"{where}: expected 'image' and 'conversations' of role and content ({error!r})") from None
+    """A record -> (turns, image names). BadRecord says what is wrong `where`."""
+    turns = [parse_turn(turn, where) for turn in conversations_of(record, where)]
+    roles = [role for role, _ in turns]
+    asked = roles[1:] if roles[0] == "system" else roles
+    if asked != ["user", "assistant"] * (len(asked) // 2):
+        raise BadRecord(
+            "unpaired turns", f"{where}: user and assistant should take turns, not {', '.join(roles)[:200]}"
+        )
+    if not any(role == "assistant" and text.strip() for role, text in turns):
+        raise BadRecord("no answer", f"{where}: no turn of the assistant says anything")
+    names = [name.strip() for name in record.get("image", "").split(",") if name.strip()]
+    wanted = sum(len(split_at_images(text, config)) - 1 for _, text in turns)
     if wanted != len(names):
-        raise BadInput(f"{where}: {len(names)} images in 'image', but {wanted} <image> in its conversations")
+        many = f"{len(names)} images in 'image', but {wanted} <image> in its conversations"
+        raise BadRecord("images and <image> differ", f"{where}: {many}")
     return turns, names
+
+
+def conversations_of(record, where):
+    """A record's list of turns, once it is certain that it has one."""
+    good = isinstance(record, dict) and isinstance(record.get("image", ""), str)
+    turns = record.get("conversations") if good else None
+    if not isinstance(turns, list) or not turns:
+        shape = "expected an object with 'image', a text, and 'conversations', a list of turns"
+        raise BadRecord("wrong shape", f"{where}: {shape}, not {shortened(record)}")
+    return turns
+
+
+def parse_turn(turn, where):
+    """A turn of either spelling -> (role, text)."""
+    role, text = None, None
+    if isinstance(turn, dict):
+        role, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
+        shape = f"expected a turn with a role ({', '.join(ROLES)}) and a text as content"
+        raise BadRecord("wrong shape", f"{where}: {shape}, not {shortened(turn)}")
+    return ROLES[role], text
+
+
+def shortened(value):
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+class Problems:
+    """Records that can't be used, counted by reason.
+
+    total: records in the data. strict: the first one ends the run; more than `most` of them, as a fraction, do so anyway.
+    tell: called with the first of each reason, or None.
+    """
+
+    def __init__(self, total, strict=True, most=0.0, tell=None):
+        self.total, self.strict, self.most, self.tell = total, strict, most, tell
+        self.numbers = {}  # reason -> numbers of such records
+
+    def add(self, problem, number):
+        """Counts a record once, however often it is met. BadInput if that makes too many."""
+        if self.strict:
+            raise BadInput(str(problem))
+        numbers = self.numbers.setdefault(problem.reason, set())
+        if self.tell and not numbers:
+            self.tell(f"left out, as are others like it: {problem}")
+        numbers.add(number)
+        if self.count > self.most * self.total:
+            raise BadInput(
+                f"{self}, over --max_bad_fraction {self.most:g} of {self.total}: mend the data, or allow more; "
+                f"the last: {problem}"
+            )
+
+    def merge(self, others):
+        """Takes over what other processes, or an earlier part of the run, have counted."""
+        for numbers in others:
+            for reason, some in numbers.items():
+                self.numbers.setdefault(reason, set()).update(some)
+
+    @property
+    def count(self):
+        return sum(map(len, self.numbers.values()))
+
+    def __str__(self):
+        parts = [f"{len(numbers)} {reason}" for reason, numbers in self.numbers.items()]
+        return f"{self.count} records left out ({', '.join(parts)})"
 
 
 def cut(ids, flags, limit, config):
@@ -158,34 +228,41 @@ class VLMDataset(Dataset):
     """One record an item: `input_ids` (T,), `labels` (T,), and its pictures as `pixel_values` (n, 3, S, S) uint8.
 
     Everything is tokenised once, here, into flat arrays that worker processes share. `labels` are the ids of the answers
-    and of the `</s>` that ends each; all else is -100. Records whose answers lie wholly beyond `max_seq_len` are left out
-    and counted in `dropped`. With `features` set (a FeatureCache over `image_paths`), items carry `image_features`
-    (n, P, V) instead of pixels and no picture is opened.
+    and of the `</s>` that ends each; all else is -100. Records that can't be used, or whose answers lie wholly beyond
+    `max_seq_len`, are left out and counted in `problems`, whose arguments are `strictness`. A record whose picture turns out
+    to be bad when it is read is replaced by the next good one, so that batches keep their size and resumed runs their
+    place; items tell of it in `problems`. With `features` set (a FeatureCache over `image_paths`), items carry
+    `image_features` (n, P, V) instead of pixels and no picture is opened.
     """
 
-    def __init__(self, data_path, images_path, tokenizer, config, max_seq_len, image_size):
+    def __init__(self, data_path, images_path, tokenizer, config, max_seq_len, image_size, **strictness):
         self.images_path, self.image_size = Path(images_path), image_size
         self.features = None
         records = read_records(data_path)
+        self.problems = Problems(len(records), **strictness)
         if not self.images_path.is_dir():
             raise BadInput(
                 f"{images_path} is not a folder: see dataset/README.md for the pictures, or use --images_path"
             )
         row_of = {}  # image name -> its row in `names`
-        ids, flags, rows, self.dropped = [], [], [], 0
+        ids, flags, rows, numbers = [], [], [], []
         for begin in range(0, len(records), 4096):
-            parsed = [
-                parse_record(record, f"{data_path}, record {begin + i}", config)
-                for i, record in enumerate(records[begin : begin + 4096])
-            ]
-            encoded = encode_conversations(tokenizer, [turns for turns, _ in parsed], config)
-            for (_, names), (one_ids, one_flags) in zip(parsed, encoded, strict=True):
+            parsed = []
+            for number, record in enumerate(records[begin : begin + 4096], begin):
+                try:
+                    parsed.append((number, *parse_record(record, f"{data_path}, record {number}", config)))
+                except BadRecord as problem:
+                    self.problems.add(problem, number)
+            encoded = encode_conversations(tokenizer, [turns for _, turns, _ in parsed], config)
+            for (number, _, names), (one_ids, one_flags) in zip(parsed, encoded, strict=True):
                 if len(one_ids) > max_seq_len:
                     one_ids, one_flags, kept = cut(one_ids, one_flags, max_seq_len, config)
                     names = names[:kept]
                 if not any(one_flags):
-                    self.dropped += 1
+                    long = f"{data_path}, record {number}: its answers lie beyond --max_seq_len {max_seq_len}"
+                    self.problems.add(BadRecord("answer beyond --max_seq_len", long), number)
                     continue
+                numbers.append(number)
                 ids.append(np.array(one_ids, dtype=np.int32))
                 flags.append(np.array(one_flags, dtype=bool))
                 rows.append(np.array([row_of.setdefault(name, len(row_of)) for name in names], dtype=np.int64))
@@ -195,7 +272,7 @@ class VLMDataset(Dataset):
         self.offsets = np.concatenate([[0], self.lengths.cumsum()])
         self.ids, self.flags = np.concatenate(ids), np.concatenate(flags)
         self.row_offsets = np.concatenate([[0], np.cumsum([len(one) for one in rows])])
-        self.rows = np.concatenate(rows)
+        self.rows, self.numbers = np.concatenate(rows), np.array(numbers)
         self.names = np.array(list(row_of))
         self.coco_prefix = "COCO_train2014_" if len(self.names) and self._has_prefix(self.names[0]) else ""
 
@@ -215,6 +292,17 @@ class VLMDataset(Dataset):
         return len(self.lengths)
 
     def __getitem__(self, index):
+        problems = []
+        for i in range(MOST_IN_A_ROW):
+            other = (index + i) % len(self)
+            try:
+                return {**self.item(other), "problems": problems}
+            except BadRecord as problem:
+                problems.append((problem, self.numbers[other].item()))
+        raise BadInput(f"{MOST_IN_A_ROW} records in a row can't be used; the last: {problems[-1][0]}")
+
+    def item(self, index):
+        """A record as it is in the file. BadRecord if one of its pictures can't be read."""
         tokens = slice(self.offsets[index], self.offsets[index + 1])
         rows = self.rows[self.row_offsets[index] : self.row_offsets[index + 1]]
         ids = self.ids[tokens].astype(np.int64)
@@ -236,16 +324,30 @@ class Pictures(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index):
-        return read_pixels(self.paths[index], self.image_size)
+        """(pixels, None), or for a picture that can't be read a black one and (reason, message)."""
+        try:
+            return read_pixels(self.paths[index], self.image_size), None
+        except BadRecord as problem:
+            return torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8), (problem.reason, str(problem))
 
 
 # --- batches --------------------------------------------------------------------------------------------------------
 
 
+def collate_pictures(items):
+    """Items of `Pictures` -> (pixels (N, 3, S, S), list of N problems)."""
+    pixels, problems = zip(*items, strict=True)
+    return torch.stack(pixels), list(problems)
+
+
 def collate(items):
-    """Items -> `input_ids`, `labels` (B, T), T the longest rounded up to 8; pictures of all samples in one flat list."""
+    """Items -> `input_ids`, `labels` (B, T), T the longest rounded up to 8; pictures of all samples in one flat list.
+
+    `problems` lists the records that could not be used, each with its number in the file.
+    """
     length = -(-max(len(item["input_ids"]) for item in items) // 8) * 8
     batch = {
+        "problems": [problem for item in items for problem in item["problems"]],
         "input_ids": torch.zeros(len(items), length, dtype=torch.long),
         "labels": torch.full((len(items), length), -100, dtype=torch.long),
     }
@@ -264,37 +366,65 @@ class LengthBatches:
     """Batch sampler: a new random order each epoch, in which every batch holds samples of like length.
 
     Each group of 64 global batches of the shuffled order is sorted by length, cut into batches, and the batches are
-    shuffled again. All processes draw the same order. A global batch has batch_size * accumulation * world samples: rank r
-    takes every world-th of them from r on, and yields them as `accumulation` batches, so that the samples of a step don't
-    depend on how they are divided. The last global batch of an epoch may be smaller; the fewer than `world` samples that
-    can't be dealt evenly are left out of that epoch.
+    shuffled again. All processes draw the same order. A global batch has `size` samples: rank r takes every world-th of
+    them from r on, and yields them as `parts` batches of `batch_size`, so that the samples of a step don't depend on how
+    they are divided. The last global batch of an epoch may be smaller; the fewer than `world` samples that can't be dealt
+    evenly are left out of that epoch.
+
+    indices: the samples to use; lengths: of all samples.
     """
 
-    def __init__(self, lengths, batch_size, seed=0, rank=0, world=1, accumulation=1):
-        self.lengths, self.batch_size, self.accumulation = lengths, batch_size, accumulation
-        self.seed, self.rank, self.world = seed, rank, world
-        self.used = len(lengths) // world * world
-        self.epoch = 0
+    def __init__(self, indices, lengths, size, batch_size, rank=0, world=1, seed=0):
+        self.indices, self.lengths, self.size, self.batch_size = indices, lengths[indices], size, batch_size
+        self.rank, self.world, self.seed = rank, world, seed
+        self.begin(0)
 
-    def set_epoch(self, epoch):
-        self.epoch = epoch
+    def begin(self, epoch, done=0):
+        """Sets the epoch that is iterated next, and how many of its global batches have been seen already."""
+        self.epoch, self.done = epoch, done
 
     @property
     def steps(self):
         """Global batches an epoch."""
-        return math.ceil(self.used / (self.batch_size * self.accumulation * self.world))
+        return len(self.indices) // self.size + (len(self.indices) % self.size >= self.world)
+
+    @property
+    def parts(self):
+        """Batches that this process yields of a whole global batch."""
+        return math.ceil(len(range(self.rank, self.size, self.world)) / self.batch_size)
 
     def __len__(self):
-        return math.ceil(self.used / self.world / self.batch_size)
+        left = len(self.indices) % self.size // self.world
+        return self.parts * (len(self.indices) // self.size) + math.ceil(left / self.batch_size)
 
     def __iter__(self):
         rng = np.random.default_rng([self.seed, self.epoch])
-        order = rng.permutation(len(self.lengths))[: self.used]
-        size = self.batch_size * self.accumulation * self.world
+        order = rng.permutation(len(self.indices))
         # a stable sort by (group, length) keeps the random order among samples of the same length
-        order = order[np.lexsort((self.lengths[order], np.arange(len(order)) // (64 * size)))]
-        whole = len(order) // size
-        for i in [*rng.permutation(whole), *range(whole, self.steps)]:  # the smaller one, if any, is the last
-            own = order[i * size : (i + 1) * size][self.rank :: self.world].tolist()
-            for begin in range(0, len(own), self.batch_size):
-                yield own[begin : begin + self.batch_size]
+        order = order[np.lexsort((self.lengths[order], np.arange(len(order)) // (64 * self.size)))]
+        whole = len(order) // self.size
+        for i in [*rng.permutation(whole), *range(whole, self.steps)][self.done :]:  # the smaller one is the last
+            batch = order[i * self.size : (i + 1) * self.size]
+            if i == whole:
+                batch = batch[: len(batch) // self.world * self.world]
+            yield from cut_up(self.indices[batch[self.rank :: self.world]], self.batch_size)
+
+
+class SortedBatches:
+    """Batch sampler for measuring: each sample once, in batches of like length; rank r takes every world-th batch."""
+
+    def __init__(self, indices, lengths, batch_size, rank=0, world=1):
+        batches = cut_up(indices[np.argsort(lengths[indices], kind="stable")], batch_size)
+        self.batches = list(batches)[rank::world]
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def cut_up(indices, size):
+    """An array as lists of `size` of its numbers, the last one possibly shorter."""
+    for begin in range(0, len(indices), size):
+        yield indices[begin : begin + size].tolist()

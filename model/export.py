@@ -15,6 +15,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from model.arguments import DEMO_MODEL, parse_with_demo, run_script
 from model.checkpoint import (
     PROJECTOR,
     TIED,
@@ -31,7 +32,6 @@ from model.checkpoint import (
 from model.dataset import tokenizer_fields
 from model.LMConfig import BadInput, LMConfig
 from model.model_vlm import MiniMindVLM
-from model.trainer import DEMO_MODEL, parse_with_demo, run_script
 from model.vision_utils import load_vision
 
 CODE = ("LMConfig", "model", "model_vlm", "vision_utils", "dataset", "hub")

@@ -1,182 +1,55 @@
-"""The training loop of every stage, alone or under torchrun, and the arguments that the stages share."""
+"""The training loop of every stage, alone or under torchrun."""
 
-import argparse
 import contextlib
 import json
 import math
-import os
+import pickle
+import re
+import signal
 import sys
 import time
+import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model.checkpoint import load_tokenizer, load_vlm, read_notes, save_weights, tokenizer_warning
-from model.dataset import LengthBatches, Pictures, VLMDataset, collate, tokenizer_fields
+from model.arguments import model_sizes, pick_dtype
+from model.checkpoint import (
+    PROJECTOR,
+    load_tokenizer,
+    load_vlm,
+    read_notes,
+    replace_file,
+    save_weights,
+    tokenizer_hash,
+    tokenizer_warning,
+)
+from model.dataset import (
+    LengthBatches,
+    Pictures,
+    SortedBatches,
+    VLMDataset,
+    collate,
+    collate_pictures,
+    tokenizer_fields,
+)
 from model.LMConfig import BadInput, LMConfig
 from model.model_vlm import MiniMindVLM
+from model.running import Log, Processes, Stop, ignore_interrupts, tell
 from model.vision_utils import FeatureCache, cache_key, load_vision
-
-# the demo's preset of the arguments that training and chatting share
-DEMO_MODEL = {
-    "dim": 192,
-    "n_layers": 4,
-    "n_heads": 6,
-    "n_kv_heads": 3,
-    "vision_path": "model/demo",
-    "tokenizer_path": "model/demo",
-    "images_path": "dataset/demo_world/images",
-}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-# --- arguments ------------------------------------------------------------------------------------------------------
-
-
-def yes_or_no(text):
-    """For `--multi`, `--multi True` and `--multi False`."""
-    if text.lower() in ("true", "yes", "1"):
-        return True
-    if text.lower() in ("false", "no", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} should be True or False")
-
-
-def add_switch(parser, name, help):
-    """An option that is off, on when named, and may be spelled out as True or False."""
-    parser.add_argument(name, nargs="?", const=True, default=False, type=yes_or_no, metavar="True|False", help=help)
-
-
-def default_device():
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def add_model_arguments(parser):
-    """Sizes and places of the model: what training and chatting share."""
-    parser.add_argument("--dim", type=int, default=512, help="width of the language model (published: 512 or 768)")
-    parser.add_argument("--n_layers", type=int, default=8, help="its layers (published: 8 or 16)")
-    parser.add_argument("--n_heads", type=int, default=16, help="its attention heads")
-    parser.add_argument("--n_kv_heads", type=int, default=8, help="its key/value heads")
-    parser.add_argument("--max_seq_len", type=int, default=512, help="longest conversation in tokens, 50 a picture")
-    add_switch(parser, "--use_moe", help="experts in place of each feed-forward")
-    parser.add_argument("--out_dir", default="out", help="where weights and logs are written and looked for")
-    parser.add_argument("--vision_path", default="model/clip_model/clip-vit-base-patch32", help="folder of the CLIP")
-    parser.add_argument("--tokenizer_path", default="model/minimind_tokenizer", help="folder of the tokenizer")
-    parser.add_argument("--device", default=default_device(), help="cuda, mps or cpu (default: the first at hand)")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 or float16 on a GPU, float32 on a CPU")
-
-
-def model_sizes(args):
-    """The LMConfig fields that `add_model_arguments` asks for."""
-    return {
-        name: getattr(args, name) for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "use_moe")
-    }
-
-
-def add_training_arguments(parser, learning_rate, data_path, images_path):
-    """The published training arguments, with the defaults of one stage."""
-    add_model_arguments(parser)
-    parser.add_argument("--data_path", default=data_path, help="JSON file of records (default %(default)s)")
-    parser.add_argument("--images_path", default=images_path, help="folder of its pictures (default %(default)s)")
-    parser.add_argument(
-        "--from_weights", help="start from this file, or transformers folder, instead of the previous stage's"
-    )
-    add_switch(parser, "--freeze_llm", help="train the projector only, and leave the language model as it is")
-    parser.add_argument("--seed", type=int, default=1337, help="of random weights and of the order of samples")
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--batch_size", type=int, default=16, help="samples per step and process (default %(default)s)")
-    parser.add_argument("--learning_rate", type=float, default=learning_rate, help="its peak (default %(default)s)")
-    parser.add_argument("--accumulation_steps", type=int, default=1, help="batches per optimizer step")
-    parser.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm")
-    parser.add_argument("--warmup_iters", type=int, default=0, help="optimizer steps of rising learning rate")
-    parser.add_argument("--log_interval", type=int, default=10, help="optimizer steps between log lines")
-    parser.add_argument("--save_interval", type=int, default=1000, help="optimizer steps between saved weights")
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that read pictures ahead")
-    add_switch(parser, "--cache_features", help="run CLIP once over all pictures and keep the result in out_dir")
-    add_switch(parser, "--use_wandb", help="log to Weights & Biases")
-    parser.add_argument("--wandb_project", default="MiniMind-V")
-    parser.add_argument(
-        "--wandb_run_name", help="default: the published form, with epochs, batch size and learning rate"
-    )
-
-
-def parse_with_demo(parser, demo, flags=None):
-    """Parses the command line; `--demo` only puts the defaults `demo` in place of others, and each can still be given."""
-    add_switch(parser, "--demo", help="the embedded demo: a drawn picture world and small models, nothing downloaded")
-    args = parser.parse_args(flags)
-    if args.demo:
-        parser.set_defaults(**demo)
-        args = parser.parse_args(flags)
-    return args
-
-
-def run_script(main):
-    """Runs a script's main; what people can mend is told in one line, with exit code 1."""
-    try:
-        main()
-    except BadInput as problem:
-        sys.exit(f"error: {problem}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
-
-
-# --- devices and processes ------------------------------------------------------------------------------------------
-
-
-def pick_dtype(name, device):
-    """The precision of matrix products: as asked, or the best the device has."""
-    if name:
-        return DTYPES[name]
-    if device.startswith("cuda"):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.float32
-
-
-class Processes:
-    """This process's place among those that torchrun started; one process alone where it did not."""
-
-    def __init__(self, device):
-        self.world = int(os.environ.get("WORLD_SIZE", "1"))
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.device = device
-        if self.world > 1:
-            if device.startswith("cuda"):
-                self.device = f"cuda:{os.environ['LOCAL_RANK']}"
-                torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-
-    @property
-    def first(self):
-        return self.rank == 0
-
-    def wait(self):
-        if self.world > 1:
-            dist.barrier()
-
-    def sum(self, tensor):
-        """Adds a tensor over all processes, in place."""
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def close(self):
-        if self.world > 1:
-            dist.destroy_process_group()
-
 
 # --- what a stage needs ---------------------------------------------------------------------------------------------
 
 
-def prepare(args, weights, allow_missing_projector):
-    """Loads everything a stage needs: (model, encoder, tokenizer, dataset).
+def prepare(args, weights, allow_missing_projector, saved, first):
+    """Loads everything a stage needs: (model, encoder, tokenizer, dataset, held-out dataset or None).
 
-    weights: the file to start from, or None for random weights. Whatever is missing stops the run here, before any work.
+    weights: the file to start from, or None for random weights; with a `saved` run it need not be there any more.
+    Whatever is missing stops the run here, before any work.
     """
     tokenizer = load_tokenizer(args.tokenizer_path)
     encoder = load_vision(args.vision_path, args.device, vision_dtype(args))
@@ -187,14 +60,27 @@ def prepare(args, weights, allow_missing_projector):
         **tokenizer_fields(tokenizer),
     )
     torch.manual_seed(args.seed)
-    if weights:
+    if weights and not saved:
         model, loaded = load_vlm(weights, config, tokenizer, allow_missing_projector)
-        if int(os.environ.get("RANK", "0")) == 0:
+        if first:
             print("\n".join(filter(None, [loaded, tokenizer_warning(weights, tokenizer)])), flush=True)
     else:
+        config.vision_bias = bool(saved) and f"{PROJECTOR}vision_proj.0.bias" in saved["model"]
         model = MiniMindVLM(config)
-    dataset = VLMDataset(args.data_path, args.images_path, tokenizer, config, args.max_seq_len, encoder.image_size)
-    return model.to(args.device), encoder, tokenizer, dataset
+    sizes = (args.max_seq_len, encoder.image_size)
+    strictness = {"strict": args.strict, "most": args.max_bad_fraction, "tell": tell if first else None}
+    dataset, held_out = (
+        path and VLMDataset(path, args.images_path, tokenizer, config, *sizes, **strictness)
+        for path in (args.data_path, args.val_path)
+    )
+    return model.to(args.device), encoder, tokenizer, dataset, held_out
+
+
+def split(dataset, fraction, seed):
+    """Indices to train on and to hold out, the latter a random `fraction` of the samples."""
+    order = np.random.default_rng([seed, 2**31]).permutation(len(dataset))  # no epoch has this number
+    held_out = round(len(dataset) * fraction)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
 def vision_dtype(args):
@@ -215,7 +101,8 @@ def open_cache(args, dataset, encoder, processes):
     paths = dataset.image_paths
     cache = FeatureCache(Path(args.out_dir) / "features", cache_key(args.vision_path, paths))
     if processes.first and not cache.ready():
-        loader = DataLoader(Pictures(paths, encoder.image_size), batch_size=64, num_workers=args.num_workers)
+        pictures = Pictures(paths, encoder.image_size)
+        loader = DataLoader(pictures, batch_size=64, collate_fn=collate_pictures, num_workers=args.num_workers)
         with tqdm(total=len(paths), unit="picture", desc="CLIP", disable=not sys.stderr.isatty()) as bar:
             if bar.disable:
                 print(f"running CLIP over {len(paths)} pictures ...", file=sys.stderr, flush=True)
@@ -228,129 +115,257 @@ def open_cache(args, dataset, encoder, processes):
     dataset.features = cache
 
 
-class Log:
-    """Where the figures of a run go: a bar or plain lines, a JSON-lines file, and Weights & Biases if asked."""
-
-    def __init__(self, args, name, steps):
-        self.file = open(Path(args.out_dir) / f"{name}.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        self.bar = tqdm(total=steps, desc=name, disable=not sys.stderr.isatty())
-        self.steps, self.begun = steps, time.time()
-        self.wandb = None
-        if args.use_wandb:
-            import wandb
-
-            self.wandb = wandb.init(project=args.wandb_project, name=args.wandb_run_name, config=vars(args))
-        self.file.write(json.dumps({"run": name, "time": time.time(), "args": vars(args)}) + "\n")
-
-    def write(self, step, figures):
-        left = (time.time() - self.begun) / step * (self.steps - step)
-        self.file.write(json.dumps({"step": step, **figures}) + "\n")
-        self.file.flush()
-        if self.wandb:
-            self.wandb.log(figures, step=step)
-        if self.bar.disable:
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
-            print(f"step {step}/{self.steps}: {shown}, {left / 60:.1f} min left", flush=True)
-        else:
-            self.bar.set_postfix({name: f"{value:.4g}" for name, value in figures.items()})
-            self.bar.update(step - self.bar.n)
-
-    def close(self):
-        self.bar.close()
-        self.file.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
 # --- the loop -------------------------------------------------------------------------------------------------------
+
+PATIENCE = 20  # steps in a row without a finite gradient
 
 
 def train(args, stage, weights, weights_file, allow_missing_projector=False):
-    """Trains projector and language model from `weights` into `weights_file`; CLIP stays as it is."""
+    """Trains projector and language model from `weights` into `weights_file`; CLIP stays as it is.
+
+    With --resume, or started again by torchrun, it goes on from the state of a run that was cut off, if there is one.
+    """
     processes = Processes(args.device)
     args.device = processes.device
     try:
-        model, encoder, tokenizer, dataset = prepare(args, weights, allow_missing_projector)
-        Path(args.out_dir).mkdir(parents=True, exist_ok=True)
-        if processes.first and dataset.dropped:
-            print(f"{dataset.dropped} records left out: their answers lie beyond --max_seq_len {args.max_seq_len}")
+        saved = None
+        if processes.sum(torch.tensor(float(args.resume or processes.restarted))):  # any of them
+            saved = processes.from_first(read_state(state_file(weights_file)) if processes.first else None)
+            if saved is None and processes.first:
+                print(f"nothing to resume: {state_file(weights_file)} is not there; starting from the beginning")
+        parts = prepare(args, weights, allow_missing_projector, saved, processes.first)
+        _, encoder, _, *datasets = parts
+        try:
+            Path(args.out_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"{args.out_dir} could not be made ({error.strerror}): name another --out_dir") from None
         if args.cache_features:
-            open_cache(args, dataset, encoder, processes)
+            for dataset in filter(None, datasets):
+                open_cache(args, dataset, encoder, processes)
         history = read_notes(weights).get("training", []) if weights else []
-        Run(args, stage, processes, model, encoder, tokenizer, dataset, weights_file, history).train()
+        Run(args, stage, processes, *parts, weights_file, history, saved).train()
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise BadInput(
+            f"out of memory ({missed(error)}): lower --batch_size, and raise --accumulation_steps as much to train on the "
+            "same batches; or lower --max_seq_len"
+        ) from None
     finally:
         processes.close()
+
+
+def missed(error):
+    """How much memory was wanted and how much was there, in PyTorch's own words."""
+    words = re.search(r"[Tt]ried to allocate.*?(?=\. (?:Including|Of)|\. Error|$)", str(error))
+    return words.group().rstrip(".") if words else str(error).splitlines()[0]
+
+
+def state_file(weights_file):
+    """Where a run keeps all it needs to continue."""
+    return weights_file.with_name(f"{weights_file.stem}_resume.pth")
+
+
+def read_state(path):
+    """What `Run.state` wrote; None if there is nothing. BadInput if it is no such file."""
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
+        raise BadInput(f"{path} is not a whole resume state: start anew without --resume") from None
 
 
 class Run:
     """One stage's training. `history` tells, one entry a stage, how the weights were made that it starts from."""
 
-    def __init__(self, args, stage, processes, model, encoder, tokenizer, dataset, weights_file, history):
+    def __init__(
+        self, args, stage, processes, model, encoder, tokenizer, dataset, held_out, weights_file, history, saved
+    ):
         self.args, self.stage, self.processes = args, stage, processes
         self.model, self.encoder, self.tokenizer = model, encoder, tokenizer
         self.weights_file, self.history = weights_file, history
-        self.sampler = LengthBatches(
-            dataset.lengths, args.batch_size, args.seed, processes.rank, processes.world, args.accumulation_steps
-        )
-        self.on_gpu = args.device.startswith("cuda")
-        self.loader = DataLoader(
-            dataset,
-            batch_sampler=self.sampler,
-            collate_fn=collate,
-            num_workers=args.num_workers,
-            pin_memory=self.on_gpu,
-            persistent_workers=args.num_workers > 0,
-        )
-        self.samples = len(dataset)
+        training, kept = split(dataset, args.val_fraction, args.seed)
+        place = (args.batch_size, processes.rank, processes.world)
+        self.sampler = LengthBatches(training, dataset.lengths, self.samples_per_step(saved), *place, args.seed)
+        self.loader = self.load(dataset, self.sampler)
+        if held_out:
+            kept = np.arange(len(held_out))
+        held_out = held_out or dataset
+        self.held_out = self.load(held_out, SortedBatches(kept, held_out.lengths, *place))
+        self.problems = dataset.problems
+        self.fingerprint = zlib.crc32(dataset.ids, zlib.crc32(dataset.lengths))
         self.dtype = pick_dtype(args.dtype, args.device)
         self.scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=self.dtype == torch.float16)
         if args.freeze_llm:
             model.requires_grad_(False).vision_proj.requires_grad_(True)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, fused=args.device != "mps")
-        self.steps = self.sampler.steps * args.epochs
+        self.step, self.steps = 0, self.sampler.steps * args.epochs
+        # since the last log line: loss and steps that counted; steps in a row without a finite gradient, now and at most
+        self.sums, self.streak = torch.zeros(2, device=args.device), torch.zeros(2, device=args.device)
+        self.seen, self.skipped, self.wandb_id = 0, 0, None
+        if saved:
+            self.restore(saved)
         self.parallel = DistributedDataParallel(model) if processes.world > 1 else model
 
-    def train(self):
-        """Every epoch, with a log line every `log_interval` steps and the weights saved at the end."""
-        args = self.args
-        log = Log(args, self.weights_file.stem, self.steps) if self.processes.first else None
-        step, seen, begun, loss_sum = 0, 0, time.time(), 0.0
-        self.parallel.train()
-        for epoch in range(args.epochs):
-            self.sampler.set_epoch(epoch)
-            for batches in grouped(self.loader, args.accumulation_steps):
-                rate = learning_rate_at(step, self.steps, args.learning_rate, args.warmup_iters)
-                loss, norm = self.step(batches, rate)
-                step += 1
-                loss_sum = loss_sum + loss
-                seen += sum(len(batch["input_ids"]) for batch in batches) * self.processes.world
-                last = step == self.steps
-                if step % args.log_interval == 0 or last:
-                    loss_sum = self.processes.sum(loss_sum) / (step % args.log_interval or args.log_interval)
-                    seconds = time.time() - begun
-                    if log:
-                        figures = {"loss": loss_sum.item(), "lr": rate, "samples/s": seen / seconds}
-                        log.write(step, {**figures, "grad_norm": norm.item(), "epoch": step / self.steps * args.epochs})
-                    seen, begun, loss_sum = 0, time.time(), 0.0
-                if self.processes.first and (step % args.save_interval == 0 or last):
-                    self.save(step, epoch)
-        if log:
-            log.close()
-            print(f"saved {self.weights_file}", flush=True)
-        self.processes.wait()
+    def load(self, dataset, batches):
+        return DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=self.args.num_workers,
+            worker_init_fn=ignore_interrupts,
+            pin_memory=self.args.device.startswith("cuda"),
+            persistent_workers=self.args.num_workers > 0,
+        )
 
-    def step(self, batches, rate):
-        """One optimizer step over its micro-batches: (this process's share of the loss, gradient norm), as tensors.
+    # --- to continue as if nothing had happened ---
+
+    def samples_per_step(self, saved):
+        """Samples of a step over all processes; with another number of processes, still those of the run that is resumed."""
+        args = self.args
+        if saved and saved["divided"] == [args.batch_size, args.accumulation_steps]:
+            return saved["same"]["samples per step"]
+        return args.batch_size * args.accumulation_steps * self.processes.world
+
+    def same(self):
+        """What must not change between a run and its continuation."""
+        names = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "use_moe", "epochs", "learning_rate")
+        names += ("grad_clip", "warmup_iters", "seed", "freeze_llm", "val_fraction")
+        return {
+            **{f"--{name}": getattr(self.args, name) for name in names},
+            "samples per step": self.sampler.size,
+            "precision": str(self.dtype),
+            "checksum of the data": self.fingerprint,
+            "tokenizer": tokenizer_hash(self.tokenizer),
+        }
+
+    def state(self):
+        """All that `restore` needs. Random numbers need no state of their own: each step seeds them anew."""
+        return {
+            "same": self.same(),
+            "divided": [self.args.batch_size, self.args.accumulation_steps],
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "since": [self.sums, self.streak, self.skipped],
+            "wandb_id": self.wandb_id,
+            "problems": {reason: sorted(numbers) for reason, numbers in self.problems.numbers.items()},
+            "history": json.dumps(self.history),
+        }
+
+    def restore(self, saved):
+        """Continues where `saved` was written. BadInput lists what contradicts it."""
+        same = self.same()
+        odd = [
+            f"{name} is {same[name]}, was {value}" for name, value in saved["same"].items() if same.get(name) != value
+        ]
+        if odd:
+            raise BadInput(
+                f"{state_file(self.weights_file)} is of another run ({'; '.join(odd)}): resume with what it had, or start "
+                "anew without --resume"
+            )
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        sums, streak, self.skipped = saved["since"]
+        self.problems.merge([saved["problems"]])
+        self.sums, self.streak = sums.to(self.args.device), streak.to(self.args.device)
+        self.step, self.wandb_id, self.history = saved["step"], saved["wandb_id"], json.loads(saved["history"])
+        if self.processes.first:
+            print(f"resuming after step {self.step} of {self.steps}", flush=True)
+
+    def save(self):
+        """Weights and resume state; what is there already stays until the new is whole. False if that failed."""
+        self.problems.merge(self.processes.gather(self.problems.numbers))
+        if not self.processes.first:
+            return True
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            tell(f"the weights hold numbers that are not finite: {self.weights_file} is left as it was")
+            return False
+        names = ("data_path", "epochs", "batch_size", "accumulation_steps", "learning_rate", "freeze_llm", "seed")
+        stage = {"stage": self.stage, **{name: getattr(self.args, name) for name in names}, "steps": self.step}
+        training = [*self.history, {**stage, "processes": self.processes.world}]
+        notes = {"stage": self.stage, "step": self.step, "training": training}
+        try:
+            save_weights(self.weights_file, self.model, self.tokenizer, **notes)
+            replace_file(state_file(self.weights_file), lambda f: torch.save(self.state(), f))
+        except OSError as error:
+            tell(f"could not save to {self.args.out_dir} ({error.strerror}): the last good files are kept")
+            return False
+        return True
+
+    # --- steps ---
+
+    def train(self):
+        """Every epoch, until the end or until it is told to stop; saves every `save_interval` steps and where it ends."""
+        args, first = self.args, self.processes.first
+        log = Log(args, self.weights_file.stem, self.step, self.steps, self.wandb_id) if first else None
+        self.wandb_id = log.wandb_id if log else None
+        stop, saved, begun = Stop(quiet=not first), True, time.time()
+        self.parallel.train()
+        while self.step < self.steps:
+            epoch, done = divmod(self.step, self.sampler.steps)
+            self.sampler.begin(epoch, done)
+            for batches in grouped(self.loader, self.sampler.parts):
+                stopping = self.advance(batches, stop)
+                last = self.step == self.steps
+                if self.step % args.log_interval == 0 or last:
+                    figures = self.figures(time.time() - begun)
+                    begun = time.time()
+                    if log:
+                        log.write(self.step, figures)
+                if len(self.held_out.batch_sampler) and (self.step % args.eval_interval == 0 or last):
+                    loss = self.validate()
+                    if log:
+                        log.write(self.step, {"val_loss": loss})
+                    begun = time.time()
+                if self.step % args.save_interval == 0 or last or stopping:
+                    saved = self.save()
+                if stopping:
+                    break
+            if stopping:
+                break
+        if log:
+            if self.problems.count:
+                print(self.problems)
+            log.close({reason: len(numbers) for reason, numbers in self.problems.numbers.items()})
+        self.processes.wait()
+        self.end(stop, saved)
+
+    def end(self, stop, saved):
+        """The last word: what was saved, and an exit code that tells whether the run came to its end."""
+        stop.end()
+        if not saved:
+            raise BadInput(f"the last weights could not be saved: make room in {self.args.out_dir}, then --resume")
+        if self.processes.first:
+            print(f"saved {self.weights_file}" + (f" after step {self.step}" if stop.signal else ""), flush=True)
+        if self.step < self.steps:
+            if self.processes.first:
+                tell("stopped; the same command with --resume goes on from here")
+            sys.exit(128 + (stop.signal or signal.SIGTERM))
+
+    def advance(self, batches, stop):
+        """One optimizer step over its micro-batches. True if some process was asked to stop.
 
         The loss is summed over answers and divided by the number of answer tokens in all micro-batches of all processes,
-        so that how a global batch is divided changes nothing.
+        so that how a global batch is divided changes nothing. A step whose gradient is not finite changes nothing, on all
+        processes alike, as all have the same gradient; nobody waits for the device to find out.
         """
+        args = self.args
+        for batch in batches:
+            for problem, number in batch.pop("problems"):
+                self.problems.add(problem, number)
+        torch.manual_seed(int(np.random.SeedSequence([args.seed, self.step, self.processes.rank]).generate_state(1)[0]))
+        rate = learning_rate_at(self.step, self.steps, args.learning_rate, args.warmup_iters)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        answers = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
-        answers = self.processes.sum(answers.to(self.args.device).float())
-        total = 0.0
+        answers = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        agreed = self.processes.sum(torch.tensor([answers, float(stop.signal is not None)], dtype=torch.float64))
+        answers, stopping = agreed.tolist()
+        total = torch.zeros((), device=args.device)
         for i, batch in enumerate(batches):
             waits = self.processes.world > 1 and i < len(batches) - 1  # gradients are exchanged with the last one
             with self.parallel.no_sync() if waits else contextlib.nullcontext():
@@ -359,11 +374,27 @@ class Run:
                 self.scaler.scale(loss * self.processes.world).backward()
             total = total + loss.detach()
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.grad_clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.grad_clip)
+        good = self.norm.isfinite()
+        self.update(good)
+        self.sums += torch.where(good, torch.stack([total.float(), torch.ones_like(total).float()]), 0.0)
+        row = (self.streak[0] + 1) * ~good
+        self.streak = torch.stack([row, torch.maximum(self.streak[1], row)])
+        self.step += 1
+        self.seen += sum(len(batch["input_ids"]) for batch in batches) * self.processes.world
+        return bool(stopping)
+
+    def update(self, good):
+        """The optimizer's step, left out if `good` is false; with a scaler, that looks for itself."""
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif self.optimizer.defaults["fused"]:
+            self.optimizer.found_inf = (~good).float()  # what GradScaler tells fused optimizers, on the device
+            self.optimizer.step()
+        elif good:
+            self.optimizer.step()
         self.optimizer.zero_grad()
-        return total, norm
 
     def loss(self, batch, answers):
         """One micro-batch's summed loss over `answers`, the answer tokens of the whole step."""
@@ -374,18 +405,46 @@ class Run:
             features = features.to(torch.float32)
         elif batch["pixel_values"] is not None:
             features = self.encoder(batch["pixel_values"]).to(torch.float32)
+        model = self.parallel if self.parallel.training else self.model  # only gradients are to be exchanged
         with torch.autocast(device.split(":")[0], self.dtype, enabled=self.dtype != torch.float32):
-            return self.parallel(
+            return model(
                 batch["input_ids"], image_features=features, labels=batch["labels"], num_items_in_batch=answers
             ).loss
 
-    def save(self, step, epoch):
-        names = ("data_path", "epochs", "batch_size", "accumulation_steps", "learning_rate", "freeze_llm", "seed")
-        stage = {"stage": self.stage, **{name: getattr(self.args, name) for name in names}, "steps": step}
-        training = [*self.history, {**stage, "processes": self.processes.world}]
-        save_weights(
-            self.weights_file, self.model, self.tokenizer, stage=self.stage, step=step, epoch=epoch, training=training
-        )
+    def figures(self, seconds):
+        """What is logged of the steps since the last line. BadInput after too many steps without a finite gradient."""
+        loss, counted = self.processes.sum(torch.stack([self.sums[0], self.sums[1] / self.processes.world])).tolist()
+        steps = self.step % self.args.log_interval or self.args.log_interval
+        self.skipped += steps - round(counted)
+        if self.streak[1] >= PATIENCE:
+            raise BadInput(
+                f"{PATIENCE} steps in a row had a gradient that is not finite; {self.weights_file} is as last saved: "
+                "--resume it with a lower --learning_rate or more --warmup_iters is another run, so start anew from it "
+                "with --from_weights; look at the data of these steps; with --dtype float16 try float32"
+            )
+        figures = {
+            "loss": loss / counted if counted else math.nan,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "samples_per_s": self.seen / seconds,
+            "grad_norm": self.norm.item(),
+            "epoch": self.step / self.sampler.steps,
+        }
+        self.sums, self.seen = torch.zeros_like(self.sums), 0
+        return {**figures, "skipped": self.skipped} if self.skipped else figures
+
+    @torch.no_grad()
+    def validate(self):
+        """Mean loss over the answers that are held out."""
+        self.parallel.eval()
+        sums = torch.zeros(2, device=self.args.device)
+        for batch in self.held_out:
+            for problem, number in batch.pop("problems"):
+                self.held_out.dataset.problems.add(problem, number)
+            answers = (batch["labels"][:, 1:] != -100).sum()
+            sums += torch.stack([self.loss(batch, 1), answers.to(self.args.device)])
+        loss, answers = self.processes.sum(sums).tolist()
+        self.parallel.train()
+        return loss / answers
 
 
 def grouped(batches, size):

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.utils import logging as hf_logging
 
-from model.LMConfig import BadInput, LMConfig
+from model.LMConfig import BadInput, BadRecord, LMConfig
 
 # of CLIP's training pictures, channel by channel, on a scale of 0 to 1
 PIXEL_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
@@ -49,17 +49,18 @@ def normalise(pixels, mean=PIXEL_MEAN, std=PIXEL_STD):
 
 @contextlib.contextmanager
 def opened(path):
-    """A Pillow image or a video's file, to be read; BadInput names the file if that fails."""
+    """A Pillow image or a video's file, to be read; BadRecord names the file if that fails."""
     try:
         with open(path, "rb") if Path(path).suffix.lower() in VIDEOS else Image.open(path) as file:
             yield file
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         why = getattr(error, "strerror", None) or error
-        raise BadInput(f"{path} could not be read as a picture ({why}): replace it or leave it out") from None
+        reason = "picture missing" if isinstance(error, FileNotFoundError) else "picture unreadable"
+        raise BadRecord(reason, f"{path} could not be read as a picture ({why}): replace it or leave it out") from None
 
 
 def read_pixels(path, size):
-    """`to_pixels` of a file; BadInput names the file if it is missing or no picture."""
+    """`to_pixels` of a file; BadRecord names the file if it is missing or no picture."""
     with opened(path) as image:
         return to_pixels(image, size)
 
@@ -229,11 +230,8 @@ def cache_key(vision_path, image_paths):
         if file.suffix in (".safetensors", ".bin", ".json"):
             digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
     for path in image_paths:
-        try:
-            stat = os.stat(path)
-        except OSError:
-            raise BadInput(f"{path} not found: check --images_path") from None
-        digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        stat = os.stat(path) if os.path.exists(path) else None
+        digest.update(f"{path} {stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
     return digest.hexdigest()
 
 
@@ -241,13 +239,13 @@ class FeatureCache:
     """fp16 features of a list of pictures in one memory-mapped file, `features.npy`, (pictures, P, V).
 
     `features.json` beside it is written last, with the key of `cache_key`: a file without it is half written, one with
-    another key is stale, and both are built again.
+    another key is stale, and both are built again. `bad` has why for each row whose picture could not be read.
     """
 
     def __init__(self, folder, key):
         self.file, self.note = Path(folder) / f"{key[:16]}.npy", Path(folder) / f"{key[:16]}.json"
         self.key = key
-        self.array = None
+        self.array, self.bad = None, {}
 
     def __getstate__(self):
         """What a worker process is sent: it opens the file itself."""
@@ -256,31 +254,39 @@ class FeatureCache:
     def ready(self):
         """Opens the cache if it is whole; False if it must be built."""
         whole = self.note.exists() and self.file.exists()
-        if self.array is None and whole and json.loads(self.note.read_text()).get("key") == self.key:
-            self.array = np.load(self.file, mmap_mode="r")
+        if self.array is None and whole:
+            note = json.loads(self.note.read_text(encoding="utf-8"))
+            if note.get("key") == self.key:
+                self.array = np.load(self.file, mmap_mode="r")
+                self.bad = {int(row): why for row, why in note.get("bad", {}).items()}
         return self.array is not None
 
     def build(self, encoder, image_paths, loader, progress):
-        """Runs CLIP once over all pictures. `loader` yields uint8 pixels (N, 3, S, S) in the order of `image_paths`."""
+        """Runs CLIP once over all pictures. `loader` yields, in the order of `image_paths`, uint8 pixels (N, 3, S, S) and a
+        list of N problems, None for a good picture."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.file.with_suffix(f".{os.getpid()}.tmp")
         shape = (len(image_paths), encoder.image_tokens, encoder.vision_width)
-        done = 0
+        done, bad = 0, {}
         try:
             array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
-            for pixels in loader:
+            for pixels, problems in loader:
                 features = encoder(pixels).to(device="cpu", dtype=torch.float16).numpy()
                 array[done : done + len(features)] = features
+                bad |= {done + i: problem for i, problem in enumerate(problems) if problem}
                 done += len(features)
                 progress(len(features))
             array.flush()
             os.replace(partial, self.file)
         finally:
             partial.unlink(missing_ok=True)
-        self.note.write_text(json.dumps({"key": self.key, "pictures": len(image_paths)}))
+        note = json.dumps({"key": self.key, "pictures": len(image_paths), "bad": bad}, ensure_ascii=False)
+        self.note.write_text(note, encoding="utf-8")
 
     def __getitem__(self, rows):
-        """Features (len(rows), P, V) as a float16 tensor."""
+        """Features (len(rows), P, V) as a float16 tensor. BadRecord if a picture of them could not be read."""
         if self.array is None:
             self.ready()
+        for row in self.bad.keys() & set(rows.tolist()):
+            raise BadRecord(*self.bad[row])
         return torch.from_numpy(self.array[rows])

@@ -124,8 +124,8 @@ def record(text, answer="红色", image="a.png"):
     }
 
 
-def load(path, tokenizer, max_seq_len=512):
-    return VLMDataset(path, path.parent, tokenizer, config_for(tokenizer), max_seq_len, image_size=32)
+def load(path, tokenizer, max_seq_len=512, **strictness):
+    return VLMDataset(path, path.parent, tokenizer, config_for(tokenizer), max_seq_len, image_size=32, **strictness)
 
 
 def test_formats_share_a_batch(tmp_path, tokenizer):
@@ -169,8 +169,8 @@ def test_wholly_cut_answers_are_dropped_and_counted(tmp_path, tokenizer):
     ]
     two_turns["image"] = "a.png, b.png"
     path = write(tmp_path, [long_question, record("<image>\n颜色"), two_turns])
-    dataset = load(path, tokenizer, max_seq_len=100)
-    assert dataset.dropped == 1 and len(dataset) == 2
+    dataset = load(path, tokenizer, max_seq_len=100, strict=False, most=0.5)
+    assert dataset.problems.numbers == {"answer beyond --max_seq_len": {0}} and len(dataset) == 2
     cut = dataset[1]
     assert len(cut["input_ids"]) <= 100 and len(cut["pixel_values"]) == 1  # the second picture lies beyond the cut
     assert placeholders(cut["input_ids"].tolist(), config_for(tokenizer))[0] == 1
@@ -178,15 +178,17 @@ def test_wholly_cut_answers_are_dropped_and_counted(tmp_path, tokenizer):
 
 def test_batches_hold_like_lengths_and_every_sample_once():
     lengths = np.random.default_rng(0).integers(60, 400, 5000)
-    sampler = LengthBatches(lengths, 16, seed=3)
+    sampler = LengthBatches(np.arange(5000), lengths, 16, 16, seed=3)
     batches = list(sampler)
     assert len(batches) == len(sampler)
     assert sorted(i for batch in batches for i in batch) == list(range(5000))
     padded = sum(len(batch) * lengths[batch].max() for batch in batches)
     assert padded < 1.05 * lengths.sum()
-    assert batches != (sampler.set_epoch(1), list(sampler))[1]
-    sampler.set_epoch(0)
+    assert batches != (sampler.begin(1), list(sampler))[1]
+    sampler.begin(0)
     assert batches == list(sampler)
+    sampler.begin(0, 100)
+    assert batches[100:] == list(sampler)
     firsts = lengths[[batch[0] for batch in batches]]
     assert abs(np.corrcoef(np.arange(len(firsts)), firsts)[0, 1]) < 0.3  # not from short to long
 
@@ -194,13 +196,14 @@ def test_batches_hold_like_lengths_and_every_sample_once():
 @pytest.mark.parametrize("count", [64, 61, 50])
 def test_processes_share_the_same_global_batches(count):
     lengths = np.random.default_rng(0).integers(60, 400, count)
-    alone = list(LengthBatches(lengths, 8, seed=1))
-    ranks = [list(LengthBatches(lengths, 4, seed=1, rank=r, world=2)) for r in (0, 1)]
-    assert len(ranks[0]) == len(ranks[1]) == len(LengthBatches(lengths, 4, rank=1, world=2))
+    indices = np.arange(count)
+    alone = list(LengthBatches(indices, lengths, 8, 8, seed=1))
+    ranks = [list(LengthBatches(indices, lengths, 8, 4, seed=1, rank=r, world=2)) for r in (0, 1)]
+    assert len(ranks[0]) == len(ranks[1]) == len(LengthBatches(indices, lengths, 8, 4, rank=1, world=2))
     assert all(len(a) == len(b) > 0 for a, b in zip(*ranks, strict=True))
     together = [sorted(a + b) for a, b in zip(*ranks, strict=True)]
     assert len({i for batch in together for i in batch}) == count - count % 2
-    parts = list(LengthBatches(lengths, 2, seed=1, accumulation=4))
+    parts = list(LengthBatches(indices, lengths, 8, 2, seed=1))
     assert all(len(part) == 2 for part in parts[: len(parts) - 1])
     regrouped = [[i for part in parts[k : k + 4] for i in part] for k in range(0, len(parts), 4)]
     assert [sorted(batch) for batch in regrouped] == [sorted(batch) for batch in alone]
@@ -221,7 +224,7 @@ def test_demo_world_is_read_by_the_ordinary_dataset(world, tokenizer):
         dataset = VLMDataset(world / f"{name}.json", world / "images", tokenizer, config, 512, image_size=224)
         batch = collate([dataset[i] for i in range(4)])
         assert batch["pixel_values"].shape == (4 * images, 3, 224, 224)
-        assert dataset.dropped == 0
+        assert dataset.problems.count == 0
 
 
 def test_workers_that_are_spawned_read_the_same(world, tokenizer):
@@ -229,7 +232,7 @@ def test_workers_that_are_spawned_read_the_same(world, tokenizer):
     dataset = VLMDataset(world / "sft.json", world / "images", tokenizer, config_for(tokenizer), 512, image_size=32)
     spawned = DataLoader(dataset, 4, collate_fn=collate, num_workers=1, multiprocessing_context="spawn")
     for batch, own in zip(spawned, DataLoader(dataset, 4, collate_fn=collate), strict=True):
-        assert all(torch.equal(batch[name], own[name]) for name in own)
+        assert all(torch.equal(batch[name], own[name]) for name in ("input_ids", "labels", "pixel_values"))
 
 
 def test_demo_splits_share_no_scene():

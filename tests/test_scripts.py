@@ -14,12 +14,13 @@ from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from dataset import demo
+from model.arguments import default_device, pick_dtype
 from model.chat import Chat
 from model.checkpoint import read_notes, read_weights
 from model.dataset import tokenizer_fields
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
-from model.trainer import default_device, learning_rate_at, pick_dtype
+from model.trainer import learning_rate_at
 
 PRETRAIN, SFT, CHAT = "1-pretrain_vlm.py", "2-sft_vlm.py", "3-eval_chat.py"
 
@@ -279,12 +280,12 @@ def test_weights_that_do_not_fit_are_refused(place, tokenizer):
     assert code == 1 and "not a whole file of weights" in err and "Traceback" not in err
 
 
-def test_evaluation_pictures_are_held_out_and_named_by_what_they_show():
-    for folder, images in (("eval_images", 1), ("eval_multi_images", 2)):
+def test_evaluation_pictures_are_there_and_small():
+    for folder, images in (("eval_images", [1]), ("eval_multi_images", [2, 1])):  # an animation is one file
         asked = json.loads((ROOT / "dataset" / folder / "questions.json").read_text(encoding="utf-8"))
         assert len(asked) >= 4
         for names, question in asked:
-            assert len(names) == images and question
+            assert len(names) in images and question
             for name in names:
                 with Image.open(ROOT / "dataset" / folder / name) as picture:
                     assert picture.size == (demo.PICTURE, demo.PICTURE)

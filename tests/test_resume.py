@@ -1,0 +1,235 @@
+"""Runs that are cut off, stopped, starved or fed bad numbers, and what is left of them."""
+
+import hashlib
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, heed_interrupts
+from test_scripts import PRETRAIN, Place, save_llm
+
+from model.checkpoint import read_weights
+from model.trainer import missed
+
+SETTINGS = ["--log_interval", 1, "--save_interval", 3, "--epochs", 3, "--learning_rate", 1e-3]  # 18 steps of 8 samples
+TORCHRUN = ["-m", "torch.distributed.run"]
+
+
+@pytest.fixture
+def place(tmp_path, world, tiny_clip, tokenizer):
+    place = Place(tmp_path, world, tiny_clip)
+    save_llm(place, tokenizer)
+    return place
+
+
+def begin(place, *flags, launcher=(), limit=None):
+    """Starts stage 1 in the background."""
+
+    def prepare():
+        heed_interrupts()
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    command = [sys.executable, *launcher, PRETRAIN, *place.training, *place.data("pretrain.json"), *SETTINGS, *flags]
+    return subprocess.Popen(
+        [str(part) for part in command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        preexec_fn=prepare,  # noqa: PLW1509  no thread of the test runs while this does
+        start_new_session=True,
+    )
+
+
+def finish(process):
+    """Its exit code and all it printed."""
+    text, _ = process.communicate(timeout=300)
+    return process.returncode, text
+
+
+def until(process, step):
+    """Waits until a run has logged this step; what it printed until then."""
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if line.startswith(f"step {step}/"):
+            return seen
+    raise AssertionError(f"ended before step {step}: {seen}")
+
+
+def run_whole(place, *flags, **more):
+    code, text = finish(begin(place, *flags, **more))
+    assert code == 0, text
+    return text
+
+
+def losses(place):
+    return {line["step"]: line["loss"] for line in place.log("64_vlm_pretrain")}
+
+
+def digest(place):
+    return hashlib.sha256((place.out / "64_vlm_pretrain.pth").read_bytes()).hexdigest()
+
+
+def clear(place):
+    for file in place.out.glob("64_vlm_pretrain*"):
+        file.unlink()
+
+
+@pytest.fixture
+def undisturbed(place):
+    """The losses and the final weights of a run that nothing happens to."""
+    run_whole(place)
+    result = losses(place), digest(place)
+    clear(place)
+    assert sorted(result[0]) == list(range(1, 19))
+    return result
+
+
+def test_killed_and_resumed_is_as_if_nothing_had_happened(place, undisturbed):
+    process = begin(place)
+    until(process, 8)  # in the middle of an epoch, two steps after a save
+    process.kill()
+    process.wait()
+    text = run_whole(place, "--resume")
+    assert "resuming after step 6 of 18" in text or "resuming after step 9" in text
+    assert (losses(place), digest(place)) == undisturbed
+    assert "resuming after step 18 of 18" in run_whole(place, "--resume") and digest(place) == undisturbed[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_after_the_step_and_saves(place, undisturbed, number):
+    process = begin(place, "--save_interval", 100)
+    until(process, 4)
+    process.send_signal(number)
+    code, text = finish(process)
+    assert code == 128 + number and "stopping after this step" in text and "with --resume goes on from here" in text
+    stopped = max(losses(place))
+    assert 4 <= stopped < 18 and f"64_vlm_pretrain.pth after step {stopped}" in text
+    assert f"resuming after step {stopped} of 18" in run_whole(place, "--resume")
+    assert (losses(place), digest(place)) == undisturbed
+
+
+def test_kill_9_at_any_moment(place, undisturbed):
+    """Also while it loads or saves; the benchmark does thirty rounds of this."""
+    rng = random.Random(0)
+    for _ in range(4):
+        process = begin(place, "--resume", "--save_interval", 1)
+        try:
+            finish_within = rng.uniform(4, 9)
+            process.wait(finish_within)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    run_whole(place, "--resume", "--save_interval", 1)
+    assert (losses(place), digest(place)) == undisturbed
+
+
+def test_another_number_of_processes_goes_on_at_the_same_sample(place, undisturbed):
+    process = begin(place)
+    until(process, 7)
+    process.send_signal(signal.SIGTERM)
+    finish(process)
+    stopped = max(losses(place))
+    run_whole(place, "--resume", launcher=[*TORCHRUN, "--nproc_per_node", 2])
+    assert sorted(losses(place)) == list(range(1, 19)) and stopped < 18
+    assert losses(place) == pytest.approx(undisturbed[0], abs=1e-5)
+
+
+def test_what_contradicts_is_listed(place):
+    process = begin(place)
+    until(process, 4)
+    process.send_signal(signal.SIGTERM)
+    finish(process)
+    before = digest(place)
+    code, text = finish(begin(place, "--resume", "--learning_rate", 1e-4, "--seed", 7, "--batch_size", 4))
+    assert code == 1 and "Traceback" not in text
+    for odd in ("--learning_rate is 0.0001, was 0.001", "--seed is 7, was 1337", "samples per step is 4, was 8"):
+        assert odd in text
+    assert digest(place) == before
+    (place.out / "64_vlm_pretrain_resume.pth").write_bytes(b"x" * 100)
+    code, text = finish(begin(place, "--resume"))
+    assert code == 1 and "is not a whole resume state" in text
+
+
+def test_torchrun_restarts_a_run_whose_process_died(place, undisturbed):
+    launcher = [*TORCHRUN, "--nproc_per_node", 2, "--max-restarts", 1]
+    process = begin(place, "--batch_size", 4, launcher=launcher)
+    until(process, 5)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, encoding="utf-8", check=True)
+    os.kill(int(workers.stdout.split()[1]), signal.SIGKILL)
+    code, text = finish(process)
+    assert code == 0 and "resuming after step" in text, text
+    assert losses(place) == pytest.approx(undisturbed[0], abs=1e-5)
+
+
+def test_a_process_that_dies_ends_the_job_with_its_own_error(place):
+    flags = ["--batch_size", 4, "--data_path", place.out / "nowhere.json"]
+    code, text = finish(begin(place, *flags, launcher=[*TORCHRUN, "--nproc_per_node", 2]))
+    assert code == 1 and "nowhere.json not found" in text
+
+
+def test_a_step_with_bad_numbers_is_left_out(place):
+    run_whole(place, "--cache_features", "--epochs", 1)
+    array = next((place.out / "features").glob("*.npy"))
+    features = np.load(array, mmap_mode="r+")
+    features[5] = np.nan
+    features.flush()
+    clear(place)
+    run_whole(place, "--cache_features")
+    lines = place.log("64_vlm_pretrain")
+    assert lines[-1]["skipped"] == 3 and len(lines) == 18  # the picture was seen once in each of three epochs
+    assert sum(np.isnan(line["loss"]) for line in lines) == 3
+    assert all(tensor.isfinite().all() for tensor in read_weights(place.out / "64_vlm_pretrain.pth").values())
+
+
+def test_bad_numbers_without_end_stop_the_run(place):
+    run_whole(place)
+    before = digest(place)
+    code, text = finish(begin(place, "--learning_rate", 1e30, "--epochs", 10, "--save_interval", 100))
+    assert code == 1 and "20 steps in a row had a gradient that is not finite" in text and "Traceback" not in text
+    assert digest(place) == before
+
+
+def test_a_full_disk_is_told_and_costs_nothing_that_was_saved(place):
+    run_whole(place)
+    before = {file.name: file.read_bytes() for file in place.out.glob("64_vlm*.pth")}
+    code, text = finish(begin(place, "--epochs", 1, limit=200_000))
+    assert code == 1 and "Traceback" not in text
+    assert "could not save to" in text and "the last good files are kept" in text
+    assert "the last weights could not be saved: make room in" in text
+    assert {file.name: file.read_bytes() for file in place.out.glob("64_vlm*.pth")} == before
+    assert not list(place.out.glob("*.tmp"))
+
+
+def test_held_out_samples_are_measured_and_not_trained_on(place):
+    run_whole(place, "--val_fraction", 0.25, "--eval_interval", 2, "--epochs", 2)
+    measured = [line["val_loss"] for line in log_lines(place) if "val_loss" in line]
+    assert len(measured) == 5 and measured[-1] < measured[0]  # 36 samples to train on: 2 x 5 steps
+    clear(place)
+    run_whole(place, "--val_path", place.world / "pretrain.json", "--eval_interval", 3, "--epochs", 1)
+    assert len([line for line in log_lines(place) if "val_loss" in line]) == 2
+
+
+def log_lines(place):
+    text = (place.out / "64_vlm_pretrain.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_out_of_memory_is_told_with_what_to_turn_down():
+    error = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 7.79 GiB of which 1.20 GiB is "
+        "free. Including non-PyTorch memory, this process has 6.58 GiB memory in use."
+    )
+    assert missed(error) == (
+        "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 7.79 GiB of which 1.20 GiB is free"
+    )
