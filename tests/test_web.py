@@ -260,7 +260,7 @@ def malformed(good):
         (question("?", "data:image/png;base64,@@@@"), "its base64 is broken"),
         (question("?", "data:image/png;base64,图图图图"), "its base64 is broken"),
         (question("?", "data:image/png;base64,"), "picture 1 can't be read: no picture"),
-        (broken(b"not a picture at all"), "picture 1 can't be read: no picture, or of a kind that is not read"),
+        (broken(b"not a picture at all"), "picture 1 can't be read: no picture or clip, or of a kind that is not read"),
         (broken(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "svg+xml"), "can't be read: no picture"),
         (broken(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "eps"), "can't be read: no picture"),
         (broken(content[: len(content) // 2]), "picture 1 can't be read: .*truncated"),
