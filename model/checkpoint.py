@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerFast
 
 from model.LMConfig import BadInput, LMConfig
 from model.model_vlm import MiniMindVLM
+from model.vision_utils import VISION
 
 PREFIXES = ("_orig_mod.", "module.")  # left in a file by torch.compile and by data-parallel training
 EXTRAS = ("pos_cis", ".mask")  # buffers of older files
-PROJECTOR, VISION = "vision_proj.", "vision_encoder."
+PROJECTOR = "vision_proj."
 TIED = ("tok_embeddings.weight", "output.weight")  # one tensor; safetensors keeps it under one of its two names
 PUBLISHED_TOKENIZER = "64ac8f6e290e6c15"  # tokenizer_hash of minimind_tokenizer
 
@@ -208,8 +209,13 @@ def write_weights(path, state, notes):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, lambda f: torch.save(state, f))
-    text = json.dumps(notes, ensure_ascii=False, indent=1)
-    replace_file(path.with_suffix(".json"), lambda f: f.write(text.encode()))
+    write_json(path.with_suffix(".json"), notes)
+
+
+def write_json(path, content):
+    """A JSON file, as a person would like to read it."""
+    text = json.dumps(content, ensure_ascii=False, indent=1)
+    replace_file(path, lambda f: f.write(text.encode()))
 
 
 def replace_file(path, write):

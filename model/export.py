@@ -19,7 +19,6 @@ from model.arguments import DEMO_MODEL, parse_with_demo, run_script
 from model.checkpoint import (
     PROJECTOR,
     TIED,
-    VISION,
     load_tokenizer,
     load_vlm,
     origin,
@@ -27,12 +26,13 @@ from model.checkpoint import (
     read_weights,
     replace_file,
     sizes_of,
+    write_json,
     write_weights,
 )
 from model.dataset import tokenizer_fields
 from model.LMConfig import BadInput, LMConfig
 from model.model_vlm import MiniMindVLM
-from model.vision_utils import load_vision
+from model.vision_utils import VISION, load_vision
 
 CODE = ("LMConfig", "model", "model_vlm", "vision_utils", "dataset", "hub")
 AUTO_MAP = {
@@ -139,11 +139,6 @@ def write_config(folder, config, notes, encoder, dtype):
     if encoder:
         content["vision_config"] = encoder.model.config.to_diff_dict()
     write_json(folder / "config.json", content)
-
-
-def write_json(path, content):
-    text = json.dumps(content, ensure_ascii=False, indent=1)
-    replace_file(path, lambda f: f.write(text.encode()))
 
 
 def card(name, state, config, notes, clip):

@@ -81,7 +81,7 @@ class Stop:
                 print("\nstopping after this step (Ctrl-C again: at once)", file=sys.stderr, flush=True)
 
     def end(self):
-        """Signals are again what they were; exits as their sender expects if there was one."""
+        """Signals do again what they did before."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 

@@ -20,6 +20,7 @@ from transformers.utils import logging as hf_logging
 
 from model.LMConfig import BadInput, BadRecord, LMConfig
 
+VISION = "vision_encoder."  # before the names of CLIP's tensors in a MiniMind-V folder that brings it
 # of CLIP's training pictures, channel by channel, on a scale of 0 to 1
 PIXEL_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 PIXEL_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
@@ -212,8 +213,7 @@ def bundled_vision(folder):
     model = CLIPVisionModel(CLIPVisionConfig(**config))
     try:
         state = safetensors.torch.load_file(folder / "model.safetensors")
-        prefix = "vision_encoder."
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        state = {name.removeprefix(VISION): tensor for name, tensor in state.items() if name.startswith(VISION)}
         model.load_state_dict(state)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise BadInput(f"the CLIP in {folder} could not be loaded: {str(error).splitlines()[0]}") from None
