@@ -3,7 +3,7 @@
 python 3-eval_chat.py                          # in a terminal: pick pictures and ask, with out/512_vlm_sft.pth
 python 3-eval_chat.py --demo                   # the same with the demo's model
 python 3-eval_chat.py --demo --all             # every question of dataset/eval_images, then the score on held-out pictures
-python 3-eval_chat.py --demo --all --multi     # the same for two pictures at a time
+python 3-eval_chat.py --demo --all --multi     # the same for pairs of pictures and animations
 python 3-eval_chat.py --score FILE --images_path FOLDER     # exact match on a labelled file of the SFT format
 """
 
@@ -15,15 +15,7 @@ import sys
 from pathlib import Path
 
 from dataset import demo
-from model.arguments import (
-    DEMO_MODEL,
-    add_model_arguments,
-    add_switch,
-    model_sizes,
-    parse_with_demo,
-    pick_dtype,
-    run_script,
-)
+from model.arguments import DEMO_MODEL, add_model_arguments, add_switch, parse_with_demo, run_script
 from model.chat import SETTINGS, Chat, add_chat_arguments, read_questions, score, settings_of
 from model.LMConfig import BadInput
 
@@ -173,7 +165,7 @@ def main():
     parser.add_argument("--images_path", default="dataset/sft_images", help="folder of the pictures of --score")
     given, _ = parser.parse_known_args()
     args = parse_with_demo(parser, DEMO_MULTI if given.multi else DEMO)
-    chat = Chat.from_arguments(args, pick_dtype(args.dtype, args.device), **model_sizes(args))
+    chat = Chat.from_arguments(args)
     print(chat.loaded)
     folder = Path("dataset/eval_multi_images" if args.multi else "dataset/eval_images")
     if not (args.all or given.score) and sys.stdin.isatty() and sys.stdout.isatty():

@@ -33,15 +33,7 @@ from PIL import Image, UnidentifiedImageError
 from werkzeug.exceptions import HTTPException, NotFound, RequestEntityTooLarge, ServiceUnavailable, UnsupportedMediaType
 from werkzeug.serving import make_server
 
-from model.arguments import (
-    DEMO_MODEL,
-    add_model_arguments,
-    add_switch,
-    model_sizes,
-    parse_with_demo,
-    pick_dtype,
-    run_script,
-)
+from model.arguments import DEMO_MODEL, add_model_arguments, add_switch, parse_with_demo, run_script
 from model.chat import SETTINGS, Chat, add_chat_arguments, read_questions, settings_of
 from model.dataset import as_conversation
 from model.LMConfig import BadInput
@@ -285,7 +277,7 @@ def parse_arguments(flags):
 def create_app(*flags):
     """The Flask application, its model loaded and warmed up. Takes the flags of the command line."""
     args = parse_arguments(flags)
-    chat = Chat.from_arguments(args, pick_dtype(args.dtype, args.device), **model_sizes(args))
+    chat = Chat.from_arguments(args)
     chat.warm_up()
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # read_medium has a limit of its own
     app = Flask(__name__, static_folder="web", static_url_path="/web")

@@ -20,6 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from model.arguments import model_sizes, pick_dtype
 from model.checkpoint import (
     load_tokenizer,
     load_vlm,
@@ -151,7 +152,7 @@ class Chat:
             SlicedLinear.put_into(self.model)
 
     @classmethod
-    def from_arguments(cls, args, dtype, **sizes):
+    def from_arguments(cls, args):
         """The model that the command line asks for. BadInput says which stage to run where its weights are missing."""
         weights = args.weights
         if not weights:
@@ -160,8 +161,17 @@ class Chat:
                 stages = "python 1-pretrain_vlm.py --demo && python 2-sft_vlm.py --demo"
                 more = " && python 2-sft_vlm.py --demo --multi" if args.multi else ""
                 raise BadInput(f"{weights} not found: train the demo first, with {stages}{more}")
-        int8 = args.quantize == "int8"
-        return cls(weights, args.vision_path, args.tokenizer_path, args.device, dtype, int8, args.max_frames, **sizes)
+        dtype, int8 = pick_dtype(args.dtype, args.device), args.quantize == "int8"
+        return cls(
+            weights,
+            args.vision_path,
+            args.tokenizer_path,
+            args.device,
+            dtype,
+            int8,
+            args.max_frames,
+            **model_sizes(args),
+        )
 
     def prompt(self, turns):
         """Token ids (1, T) of a conversation that ends with a question. BadInput if no answer would fit behind it."""
