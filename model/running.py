@@ -27,9 +27,24 @@ class Processes:
             if device.startswith("cuda"):
                 self.device = f"cuda:{os.environ['LOCAL_RANK']}"
                 torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+            self.meet("nccl" if device.startswith("cuda") else "gloo")
             # small things go from host to host, so that no GPU is waited for; the first may be long at CLIP's features
             self.hosts = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+
+    def meet(self, backend):
+        """Makes the process group.
+
+        torchrun without --rdzv_backend keeps its store when it starts the processes again, with the addresses of the dead
+        in it, and the new ones would call those: they leave theirs under a name of their own.
+        """
+        store, rank, world = next(dist.rendezvous("env://"))
+        if store.check(["met before"]):
+            fresh = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        else:
+            fresh = store
+        dist.init_process_group(backend, store=fresh, rank=rank, world_size=world)
+        dist.barrier()
+        store.set("met before", "")
 
     @property
     def first(self):

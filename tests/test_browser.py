@@ -168,7 +168,10 @@ def test_clips_are_watched_and_what_was_seen_of_them_is_shown(visit, pictures, t
     clip = animated(tmp_path / "clip.gif", [Image.open(path) for path in pictures[:3]])
     drop(page, film, clip, pictures[0])
     expect(page.locator("#thumbnails video")).to_have_count(1)
-    page.wait_for_function("document.querySelector('#thumbnails video').currentTime > 0")  # it plays
+    # it plays (a promise and not wait_for_function, which the page's own policy forbids)
+    page.locator("#thumbnails video").evaluate(
+        "video => new Promise((done) => { video.ontimeupdate = () => video.currentTime > 0 && done(); })"
+    )
     expect(page.locator("#thumbnails img")).to_have_count(2)
     with page.expect_request("**/completions") as request:
         ask(page, "?")

@@ -1,13 +1,16 @@
 """Runs that are cut off, stopped, starved or fed bad numbers, and what is left of them."""
 
+import contextlib
 import hashlib
 import json
 import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ import torch
 from conftest import ROOT, heed_interrupts
 from test_scripts import PRETRAIN, Place, save_llm
 
-from model.checkpoint import read_weights
+from model.checkpoint import read_notes, read_weights
 from model.trainer import missed
 
 SETTINGS = ["--log_interval", 1, "--save_interval", 3, "--epochs", 3, "--learning_rate", 1e-3]  # 18 steps of 8 samples
@@ -29,7 +32,7 @@ def place(tmp_path, world, tiny_clip, tokenizer):
     return place
 
 
-def begin(place, *flags, launcher=(), limit=None):
+def begin(place, *flags, launcher=(), limit=None, env=None):
     """Starts stage 1 in the background."""
 
     def prepare():
@@ -44,7 +47,7 @@ def begin(place, *flags, launcher=(), limit=None):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **(env or {})},
         preexec_fn=prepare,  # noqa: PLW1509  no thread of the test runs while this does
         start_new_session=True,
     )
@@ -165,11 +168,65 @@ def test_torchrun_restarts_a_run_whose_process_died(place, undisturbed):
     launcher = [*TORCHRUN, "--nproc_per_node", 2, "--max-restarts", 1]
     process = begin(place, "--batch_size", 4, launcher=launcher)
     until(process, 5)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, encoding="utf-8", check=True)
-    os.kill(int(workers.stdout.split()[1]), signal.SIGKILL)
+    os.kill(children(process)[1], signal.SIGKILL)
     code, text = finish(process)
     assert code == 0 and "resuming after step" in text, text
     assert losses(place) == pytest.approx(undisturbed[0], abs=1e-5)
+
+
+def test_torchrun_told_to_end_saves(place, undisturbed):
+    launcher = [*TORCHRUN, "--nproc_per_node", 2]
+    process = begin(place, "--batch_size", 4, "--save_interval", 100, launcher=launcher)
+    until(process, 4)
+    process.terminate()
+    code, text = finish(process)
+    assert code != 0 and "with --resume goes on from here" in text, text
+    stopped = max(losses(place))
+    text = run_whole(place, "--batch_size", 4, "--resume", launcher=launcher)
+    assert f"resuming after step {stopped} of 18" in text and losses(place) == pytest.approx(undisturbed[0], abs=1e-5)
+
+
+def test_two_machines_of_which_one_dies_and_comes_back(place, undisturbed):
+    """Two torchrun agents that meet on the loopback, as two machines would, started as README.md says."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = "127.0.0.1:{}".format(free.getsockname()[1])
+    launcher = [*TORCHRUN, "--nnodes", 2, "--nproc_per_node", 1, "--max-restarts", 3]
+    launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint, "--rdzv_id", "test"]
+
+    alone = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+    def machine():
+        return begin(place, "--batch_size", 4, "--save_interval", 1, launcher=launcher, env=alone)
+
+    first = machine()
+    wait_for_port(endpoint)  # so that it is this one that holds the meeting point
+    second = machine()
+    until(first, 5)
+    for number in (*children(second), second.pid):
+        os.kill(number, signal.SIGKILL)
+    second.wait()
+    second = machine()
+    for process in (first, second):
+        code, text = finish(process)
+        assert code == 0, text
+    assert sorted(losses(place)) == list(range(1, 19))  # every step once, each of 8 samples
+    assert losses(place) == pytest.approx(undisturbed[0], abs=1e-5)
+    assert read_notes(place.out / "64_vlm_pretrain.pth")["training"][-1]["processes"] == 2
+
+
+def wait_for_port(endpoint):
+    host, port = endpoint.split(":")
+    for _ in range(600):
+        with contextlib.suppress(OSError), socket.create_connection((host, int(port))):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"nobody listens at {endpoint}")
+
+
+def children(process):
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, encoding="utf-8", check=True)
+    return [int(number) for number in found.stdout.split()]
 
 
 def test_a_process_that_dies_ends_the_job_with_its_own_error(place):
