@@ -190,7 +190,7 @@ def test_two_machines_of_which_one_dies_and_comes_back(place, undisturbed):
     """Two torchrun agents that meet on the loopback, as two machines would, started as README.md says."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        endpoint = "127.0.0.1:{}".format(free.getsockname()[1])
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
     launcher = [*TORCHRUN, "--nnodes", 2, "--nproc_per_node", 1, "--max-restarts", 3]
     launcher += ["--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint, "--rdzv_id", "test"]
 
