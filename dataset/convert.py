@@ -115,9 +115,9 @@ def picture_problem(path):
         return f"{path} could not be opened as a picture ({why})"
 
 
-def check(one, where, folder, config, problem_of):
+def check(one, where, folder, placeholder, problem_of):
     """The names of a record's pictures. BadInput if it could not be trained on."""
-    _, names = parse_record(one, where, config)
+    _, names = parse_record(one, where, placeholder)
     if len(names) > 1 and os.path.isfile(folder / one["image"]):
         raise BadInput(f"{where}: rename the picture {one['image']!r}: a comma separates the names of two")
     problems = list(filter(None, [problem_of(folder / name) for name in names]))
@@ -128,7 +128,7 @@ def check(one, where, folder, config, problem_of):
 
 def convert(source, folder, question):
     """(the records of a file, how many pictures they name, columns not used). BadInput tells what is wrong, a line each."""
-    text, config = read_text(source), LMConfig()
+    text, placeholder = read_text(source), LMConfig().image_special_token
     if not folder.is_dir():
         raise BadInput(f"{folder} is not a folder: name that of the pictures after the file of texts")
     if source.suffix.lower() in (".jsonl", ".ndjson", ".json"):
@@ -143,7 +143,7 @@ def convert(source, folder, question):
             row = json_row(row, where) if isinstance(row, str) else row
             ready = "conversations" in row
             records.append(row if ready else to_record(row, where, question))
-            pictures.update(check(records[-1], where, folder, config, problem_of))
+            pictures.update(check(records[-1], where, folder, placeholder, problem_of))
             unused.update(() if ready else row.keys() - {*COLUMNS, None, ""})
         except BadInput as problem:
             problems.append(str(problem))

@@ -178,7 +178,7 @@ class Chat:
         ids = encode_conversations(self.tokenizer, [turns], self.config)[0][0]
         if len(ids) >= self.config.max_seq_len:
             raise BadInput(f"the question has {len(ids)} tokens, the model reads at most {self.config.max_seq_len}")
-        return torch.tensor([ids], device=self.device)
+        return torch.from_numpy(ids)[None].to(self.device)
 
     def look(self, files):
         """Files of pictures and clips as one list of pixels: each picture, and up to `max_frames` frames of each clip."""
@@ -468,7 +468,7 @@ def score(chat, data_path, images_path, seed=0):
     records = read_records(data_path)
     kinds, questions, wanted, names = [], [], [], []
     for number, record in enumerate(records):
-        turns, images = parse_record(record, f"{data_path}, record {number}", chat.model.config)
+        turns, images = parse_record(record, f"{data_path}, record {number}", chat.config.image_special_token)
         kinds.append(record.get("kind", "question"))
         questions.append(encode_prompt(chat.tokenizer, turns[0][1], chat.model.config))
         wanted.append(turns[1][1])

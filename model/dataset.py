@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, N images in the batch, P tokens per image.
 import json
 import math
 import re
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -36,28 +37,27 @@ def tokenizer_fields(tokenizer):
     }
 
 
-def split_at_images(text, config):
+def split_at_images(text, placeholder):
     """Splits at each `<image>` and each literal placeholder; n images give n + 1 pieces of text."""
-    return re.split(f"<image>|{re.escape(config.image_special_token)}", text)
+    return text.replace(placeholder, "<image>").split("<image>")
 
 
-def conversation_pieces(turns, config):
+def conversation_pieces(turns, placeholder, image_ids, bos, eos):
     """The published prompt form, `<s>user\\n...</s>\\n<s>assistant\\n...</s>\\n`, as a list of (piece, is_answer).
 
-    turns: (role, text) pairs. A piece is text to be tokenised, or a list of ready token ids: special tokens and images
+    turns: (role, text) pairs; the rest is the config's `image_special_token`, `image_ids`, and lists of a token. A piece is text to be tokenised, or a list of ready token ids: special tokens and images
     never come from tokenising, so that neither what stands beside them nor what a text contains can change them.
     """
-    bos, eos = [config.bos_token_id], [config.eos_token_id]
     pieces = []
     for role, text in turns:
         answer = role == "assistant"
-        first, *rest = split_at_images(text, config)
+        first, *rest = split_at_images(text, placeholder)
         if role == "user":
             pieces.append((bos, False))
             first = "user\n" + first
         pieces.append((first, answer))
         for piece in rest:
-            pieces += [(config.image_ids, False), (piece, answer)]
+            pieces += [(image_ids, False), (piece, answer)]
         if role == "user":
             pieces += [(eos, False), ("\n", False), (bos, False), ("assistant\n", False)]
         elif answer:
@@ -67,26 +67,27 @@ def conversation_pieces(turns, config):
 
 def encode(tokenizer, texts):
     """Token ids of each text; special tokens written out in it are plain characters."""
-    if not texts:
-        return []
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)[
-        "input_ids"
-    ]
+    backend = tokenizer.backend_tokenizer  # without transformers' wrapping, which takes 20 times as long
+    backend.encode_special_tokens = True
+    backend.no_padding()
+    backend.no_truncation()
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def encode_conversations(tokenizer, conversations, config):
-    """Lists of (role, text) turns -> for each, (token ids, is_answer flags), two lists of equal length."""
-    all_pieces = [conversation_pieces(turns, config) for turns in conversations]
-    encoded = iter(encode(tokenizer, [p for pieces in all_pieces for p, _ in pieces if isinstance(p, str)]))
-    result = []
-    for pieces in all_pieces:
-        ids, flags = [], []
-        for piece, answer in pieces:
-            tokens = next(encoded) if isinstance(piece, str) else piece
-            ids += tokens
-            flags += [answer] * len(tokens)
-        result.append((ids, flags))
-    return result
+    """Lists of (role, text) turns -> for each, (token ids, is_answer flags), two arrays (T,)."""
+    if not conversations:
+        return []
+    marks = config.image_special_token, config.image_ids, [config.bos_token_id], [config.eos_token_id]
+    all_pieces = [conversation_pieces(turns, *marks) for turns in conversations]
+    texts = list({piece for pieces in all_pieces for piece, _ in pieces if isinstance(piece, str)})  # each once
+    ids_of = dict(zip(texts, encode(tokenizer, texts), strict=True))
+    pieces = [ids_of[piece] if isinstance(piece, str) else piece for piece, _ in chain(*all_pieces)]
+    lengths = np.array([len(piece) for piece in pieces])
+    ids = np.fromiter(chain(*pieces), dtype=np.int64, count=lengths.sum())
+    flags = np.repeat([answer for _, answer in chain(*all_pieces)], lengths)
+    ends = lengths.cumsum()[np.cumsum([len(pieces) for pieces in all_pieces]) - 1][:-1]
+    return list(zip(np.split(ids, ends), np.split(flags, ends), strict=True))
 
 
 def as_conversation(text, images, config):
@@ -94,7 +95,7 @@ def as_conversation(text, images, config):
 
     BadInput if it mentions another number of them.
     """
-    wanted = len(split_at_images(text, config)) - 1
+    wanted = len(split_at_images(text, config.image_special_token)) - 1
     if not wanted:
         text, wanted = "<image>\n" * images + text, images
     if wanted != images:
@@ -103,28 +104,63 @@ def as_conversation(text, images, config):
 
 
 def encode_prompt(tokenizer, question, config):
-    """Token ids of one question, ready to be answered."""
-    return encode_conversations(tokenizer, [[("user", question)]], config)[0][0]
+    """Token ids of one question, ready to be answered, as a list."""
+    return encode_conversations(tokenizer, [[("user", question)]], config)[0][0].tolist()
 
 
 # --- records --------------------------------------------------------------------------------------------------------
 
 
+CHUNK = 2**22  # characters of a file that are read at a time
+BETWEEN, END = re.compile(r"\s*,\s*"), re.compile(r"\s*\]\s*$")
+
+
 def read_records(path):
-    """The list of records of a JSON file. BadInput if it is missing or no such list."""
-    path = Path(path)
-    if not path.exists():
-        raise BadInput(f"{path} not found: see dataset/README.md for where to get it, use --data_path, or try --demo")
+    """The records of a JSON file, a list, one after the other, so that it is never whole in memory.
+
+    BadInput if it is missing or no such list, with the number of the record that is not valid JSON.
+    """
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(records, list) or not records:
-        raise BadInput(f"{path} should be a JSON list of records with 'image' and 'conversations'")
-    return records
+        with open(path, encoding="utf-8-sig") as file:
+            yield from parse_list(file, path)
+    except FileNotFoundError:
+        raise BadInput(
+            f"{path} not found: see dataset/README.md for where to get it, use --data_path, or try --demo"
+        ) from None
+    except OSError as error:
+        raise BadInput(f"{path} could not be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text ({error.reason}): save it as UTF-8") from None
 
 
-def parse_record(record, where, config):
+def parse_list(file, path):
+    """The items of the JSON list in an open file."""
+    text = file.read(CHUNK).lstrip()
+    if not text.startswith("["):
+        raise BadInput(
+            f"{path} should be a JSON list of records with 'image' and 'conversations', and begins with {text[:20]!r}"
+        )
+    decoder, number, at, whole = json.JSONDecoder(), 0, len(text) - len(text[1:].lstrip()), False
+    while not END.match(text, at):
+        between = BETWEEN.match(text, at) if number else None
+        try:
+            if number and not between:
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+            record, end = decoder.raw_decode(text, between.end() if between else at)
+        except (ValueError, RecursionError) as error:
+            if whole:
+                why = f"{error.msg} near {text[error.pos :][:20]!r}" if hasattr(error, "msg") else error
+                raise BadInput(f"{path}, record {number}, is not valid JSON ({why})") from None
+            chunk = file.read(CHUNK)
+            text, at, whole = text[at:] + chunk, 0, not chunk
+            continue
+        yield record
+        number, at = number + 1, end
+    if not number:
+        raise BadInput(f"{path} is an empty list")
+
+
+def parse_record(record, where, placeholder):
     """A record -> (turns, image names). BadRecord says what is wrong `where`."""
     turns = [parse_turn(turn, where) for turn in conversations_of(record, where)]
     roles = [role for role, _ in turns]
@@ -136,7 +172,7 @@ def parse_record(record, where, config):
     if not any(role == "assistant" and text.strip() for role, text in turns):
         raise BadRecord("no answer", f"{where}: no turn of the assistant says anything")
     names = [name.strip() for name in record.get("image", "").split(",") if name.strip()]
-    wanted = sum(len(split_at_images(text, config)) - 1 for _, text in turns)
+    wanted = sum(len(split_at_images(text, placeholder)) - 1 for _, text in turns)
     if wanted != len(names):
         many = f"{len(names)} images in 'image', but {wanted} <image> in its conversations"
         raise BadRecord("images and <image> differ", f"{where}: {many}")
@@ -172,12 +208,12 @@ def shortened(value):
 class Problems:
     """Records that can't be used, counted by reason.
 
-    total: records in the data. strict: the first one ends the run; more than `most` of them, as a fraction, do so anyway.
-    tell: called with the first of each reason, or None.
+    strict: the first one ends the run; more than `most` of them, as a fraction of the `total`, do so anyway.
+    tell: called with the first of each reason, or None. total: records in the data, None until all have been seen.
     """
 
-    def __init__(self, total, strict=True, most=0.0, tell=None):
-        self.total, self.strict, self.most, self.tell = total, strict, most, tell
+    def __init__(self, strict=True, most=0.0, tell=None):
+        self.strict, self.most, self.tell, self.total = strict, most, tell, None
         self.numbers = {}  # reason -> numbers of such records
 
     def add(self, problem, number):
@@ -188,11 +224,13 @@ class Problems:
         if self.tell and not numbers:
             self.tell(f"left out, as are others like it: {problem}")
         numbers.add(number)
+        if self.total:
+            self.check()
+
+    def check(self):
+        """BadInput if there are too many."""
         if self.count > self.most * self.total:
-            raise BadInput(
-                f"{self}, over --max_bad_fraction {self.most:g} of {self.total}: mend the data, or allow more; "
-                f"the last: {problem}"
-            )
+            raise BadInput(f"{self}, over --max_bad_fraction {self.most:g} of {self.total}: mend the data, or allow more")
 
     def merge(self, others):
         """Takes over what other processes, or an earlier part of the run, have counted."""
@@ -209,19 +247,45 @@ class Problems:
         return f"{self.count} records left out ({', '.join(parts)})"
 
 
-def cut(ids, flags, limit, config):
-    """Cuts a conversation to `limit` tokens, never inside a placeholder: (ids, flags, images kept)."""
-    images, place = 0, 0
-    first, size = config.image_ids[0], config.image_tokens
-    while place < len(ids):
-        if ids[place] == first and ids[place : place + size] == config.image_ids:
-            if place + size > limit:
-                limit = min(limit, place)
-                break
-            images, place = images + 1, place + size
-        else:
+def fitting(ids, limit, config):
+    """How many tokens of a conversation, and how many images, fit into `limit` tokens without a part of an image."""
+    ids, image = ids.tolist(), config.image_ids
+    place, images = 0, 0
+    while place < limit:
+        if ids[place] != image[0] or ids[place : place + len(image)] != image:
             place += 1
-    return ids[:limit], flags[:limit], images
+        elif place + len(image) > limit:
+            return place, images
+        else:
+            place, images = place + len(image), images + 1
+    return limit, images
+
+
+class Column:
+    """Many small arrays of one type, end to end in one tensor, which worker processes share; grown row by row.
+
+    Item i is a slice of it. It is filled with `add`, and read after `freeze`.
+    """
+
+    def __init__(self, dtype):
+        self.dtype, self.values, self.lengths = np.dtype(dtype), bytearray(), []
+
+    def add(self, values):
+        self.values += values.astype(self.dtype).tobytes()
+        self.lengths.append(len(values))
+
+    def freeze(self):
+        self.offsets = torch.from_numpy(np.cumsum([0, *self.lengths]))
+        self.values = torch.frombuffer(self.values or bytearray(1), dtype=torch.uint8)
+        del self.lengths
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i):
+        begin, end = self.offsets[i : i + 2].tolist()
+        size = self.dtype.itemsize
+        return self.values[begin * size : end * size].numpy().view(self.dtype)
 
 
 class VLMDataset(Dataset):
@@ -238,58 +302,70 @@ class VLMDataset(Dataset):
     def __init__(self, data_path, images_path, tokenizer, config, max_seq_len, image_size, **strictness):
         self.images_path, self.image_size = Path(images_path), image_size
         self.features = None
-        records = read_records(data_path)
-        self.problems = Problems(len(records), **strictness)
+        self.problems = Problems(**strictness)
         if not self.images_path.is_dir():
             raise BadInput(
                 f"{images_path} is not a folder: see dataset/README.md for the pictures, or use --images_path"
             )
         row_of = {}  # image name -> its row in `names`
-        ids, flags, rows, numbers = [], [], [], []
-        for begin in range(0, len(records), 4096):
+        numbers = []
+        self.ids, self.answers = Column(np.min_scalar_type(config.vocab_size)), Column(bool)
+        self.rows, self.names = Column(np.int32), Column(np.uint8)
+        for number, ids, answers, names in self.read(data_path, tokenizer, config, max_seq_len):
+            numbers.append(number)
+            self.ids.add(ids)
+            self.answers.add(answers)
+            self.rows.add(np.array([row_of.setdefault(name, len(row_of)) for name in names]))
+        if not numbers:
+            raise BadInput(f"{data_path}: no record has an answer within --max_seq_len {max_seq_len} tokens")
+        for name in row_of:
+            self.names.add(np.frombuffer(name.encode(), np.uint8))
+        for column in (self.ids, self.answers, self.rows, self.names):
+            column.freeze()
+        self.numbers = torch.tensor(numbers)
+        self.coco_prefix = ""
+        if row_of and not self.image_path(0).exists():
+            coco = self.images_path / f"COCO_train2014_{next(iter(row_of))}"  # so COCO names what records name without it
+            self.coco_prefix = "COCO_train2014_" if coco.exists() else ""
+
+    def read(self, data_path, tokenizer, config, max_seq_len):
+        """Yields (number, token ids, is_answer flags, image names) of each record that can be used."""
+        records, placeholder = enumerate(read_records(data_path)), config.image_special_token
+        while block := list(islice(records, 4096)):
             parsed = []
-            for number, record in enumerate(records[begin : begin + 4096], begin):
+            for number, record in block:
                 try:
-                    parsed.append((number, *parse_record(record, f"{data_path}, record {number}", config)))
+                    parsed.append((number, *parse_record(record, f"{data_path}, record {number}", placeholder)))
                 except BadRecord as problem:
                     self.problems.add(problem, number)
             encoded = encode_conversations(tokenizer, [turns for _, turns, _ in parsed], config)
-            for (number, _, names), (one_ids, one_flags) in zip(parsed, encoded, strict=True):
-                if len(one_ids) > max_seq_len:
-                    one_ids, one_flags, kept = cut(one_ids, one_flags, max_seq_len, config)
-                    names = names[:kept]
-                if not any(one_flags):
+            for (number, _, names), (ids, answers) in zip(parsed, encoded, strict=True):
+                if len(ids) > max_seq_len:
+                    tokens, images = fitting(ids, max_seq_len, config)
+                    ids, answers, names = ids[:tokens], answers[:tokens], names[:images]
+                if answers.any():
+                    yield number, ids, answers, names
+                else:
                     long = f"{data_path}, record {number}: its answers lie beyond --max_seq_len {max_seq_len}"
                     self.problems.add(BadRecord("answer beyond --max_seq_len", long), number)
-                    continue
-                numbers.append(number)
-                ids.append(np.array(one_ids, dtype=np.int32))
-                flags.append(np.array(one_flags, dtype=bool))
-                rows.append(np.array([row_of.setdefault(name, len(row_of)) for name in names], dtype=np.int64))
-        if not ids:
-            raise BadInput(f"{data_path}: no record has an answer within --max_seq_len {max_seq_len} tokens")
-        self.lengths = np.array([len(one) for one in ids])
-        self.offsets = np.concatenate([[0], self.lengths.cumsum()])
-        self.ids, self.flags = np.concatenate(ids), np.concatenate(flags)
-        self.row_offsets = np.concatenate([[0], np.cumsum([len(one) for one in rows])])
-        self.rows, self.numbers = np.concatenate(rows), np.array(numbers)
-        self.names = np.array(list(row_of))
-        self.coco_prefix = "COCO_train2014_" if len(self.names) and self._has_prefix(self.names[0]) else ""
+            self.problems.total = block[-1][0] + 1
+        self.problems.check()
 
-    def _has_prefix(self, name):
-        """Whether the files carry the prefix that COCO gave them; the records name them without it."""
-        return not (self.images_path / name).exists() and (self.images_path / f"COCO_train2014_{name}").exists()
+    @property
+    def lengths(self):
+        """Tokens of each item."""
+        return np.diff(self.ids.offsets)
 
     def image_path(self, row):
-        return self.images_path / f"{self.coco_prefix}{self.names[row]}"
+        return self.images_path / f"{self.coco_prefix}{self.names[row].tobytes().decode()}"
 
     @property
     def image_paths(self):
         """The files of all pictures, each once, in the order of a FeatureCache's rows."""
-        return [self.image_path(row) for row in range(len(self.names))]
+        return map(self.image_path, range(len(self.names)))
 
     def __len__(self):
-        return len(self.lengths)
+        return len(self.numbers)
 
     def __getitem__(self, index):
         problems = []
@@ -303,10 +379,8 @@ class VLMDataset(Dataset):
 
     def item(self, index):
         """A record as it is in the file. BadRecord if one of its pictures can't be read."""
-        tokens = slice(self.offsets[index], self.offsets[index + 1])
-        rows = self.rows[self.row_offsets[index] : self.row_offsets[index + 1]]
-        ids = self.ids[tokens].astype(np.int64)
-        item = {"input_ids": ids, "labels": np.where(self.flags[tokens], ids, -100)}
+        ids, rows = self.ids[index].astype(np.int64), self.rows[index]
+        item = {"input_ids": ids, "labels": np.where(self.answers[index], ids, -100)}
         if self.features is not None:
             item["image_features"] = self.features[rows]
         else:
@@ -315,20 +389,21 @@ class VLMDataset(Dataset):
 
 
 class Pictures(Dataset):
-    """Only the pixels of a list of files, uint8 (3, S, S) each: what a FeatureCache is built from."""
+    """Only the pictures of a VLMDataset, each once, as uint8 (3, S, S): what a FeatureCache is built from."""
 
-    def __init__(self, paths, image_size):
-        self.paths, self.image_size = paths, image_size
+    def __init__(self, dataset):
+        self.dataset = dataset
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.dataset.names)
 
-    def __getitem__(self, index):
+    def __getitem__(self, row):
         """(pixels, None), or for a picture that can't be read a black one and (reason, message)."""
+        size = self.dataset.image_size
         try:
-            return read_pixels(self.paths[index], self.image_size), None
+            return read_pixels(self.dataset.image_path(row), size), None
         except BadRecord as problem:
-            return torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8), (problem.reason, str(problem))
+            return torch.zeros(3, size, size, dtype=torch.uint8), (problem.reason, str(problem))
 
 
 # --- batches --------------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ class MiniMindVProcessor(ProcessorMixin):
         talks = (
             [as_conversation(text, len(images), config)] if isinstance(text, str) else [[("user", one)] for one in text]
         )
-        rows = [ids for ids, _ in encode_conversations(self.tokenizer, talks, config)]
+        rows = [ids.tolist() for ids, _ in encode_conversations(self.tokenizer, talks, config)]
         length = max(len(row) for row in rows)
         blank = [length - len(row) for row in rows]
         inputs = {

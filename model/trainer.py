@@ -98,15 +98,14 @@ def learning_rate_at(step, steps, peak, warmup):
 
 def open_cache(args, dataset, encoder, processes):
     """Gives the dataset its feature cache, which the first process builds if need be."""
-    paths = dataset.image_paths
-    cache = FeatureCache(Path(args.out_dir) / "features", cache_key(args.vision_path, paths))
+    cache = FeatureCache(Path(args.out_dir) / "features", cache_key(args.vision_path, dataset.image_paths))
     if processes.first and not cache.ready():
-        pictures = Pictures(paths, encoder.image_size)
+        pictures = Pictures(dataset)
         loader = DataLoader(pictures, batch_size=64, collate_fn=collate_pictures, num_workers=args.num_workers)
-        with tqdm(total=len(paths), unit="picture", desc="CLIP", disable=not sys.stderr.isatty()) as bar:
+        with tqdm(total=len(pictures), unit="picture", desc="CLIP", disable=not sys.stderr.isatty()) as bar:
             if bar.disable:
-                print(f"running CLIP over {len(paths)} pictures ...", file=sys.stderr, flush=True)
-            cache.build(encoder, paths, loader, bar.update)
+                print(f"running CLIP over {len(pictures)} pictures ...", file=sys.stderr, flush=True)
+            cache.build(encoder, len(pictures), loader, bar.update)
     processes.wait()
     if not cache.ready():
         raise BadInput(
@@ -194,7 +193,7 @@ class Run:
         held_out = held_out or dataset
         self.held_out = self.load(held_out, SortedBatches(kept, held_out.lengths, *place))
         self.problems = dataset.problems
-        self.fingerprint = zlib.crc32(dataset.ids, zlib.crc32(dataset.lengths))
+        self.fingerprint = zlib.crc32(dataset.ids.values.numpy(), zlib.crc32(dataset.lengths))
         self.dtype = pick_dtype(args.dtype, args.device)
         self.scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=self.dtype == torch.float16)
         if args.freeze_llm:

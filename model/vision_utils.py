@@ -261,12 +261,12 @@ class FeatureCache:
                 self.bad = {int(row): why for row, why in note.get("bad", {}).items()}
         return self.array is not None
 
-    def build(self, encoder, image_paths, loader, progress):
-        """Runs CLIP once over all pictures. `loader` yields, in the order of `image_paths`, uint8 pixels (N, 3, S, S) and a
-        list of N problems, None for a good picture."""
+    def build(self, encoder, pictures, loader, progress):
+        """Runs CLIP once over that many pictures. `loader` yields, in the order of the cache's rows, uint8 pixels
+        (N, 3, S, S) and a list of N problems, None for a good picture."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         partial = self.file.with_suffix(f".{os.getpid()}.tmp")
-        shape = (len(image_paths), encoder.image_tokens, encoder.vision_width)
+        shape = (pictures, encoder.image_tokens, encoder.vision_width)
         done, bad = 0, {}
         try:
             array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
@@ -280,7 +280,7 @@ class FeatureCache:
             os.replace(partial, self.file)
         finally:
             partial.unlink(missing_ok=True)
-        note = json.dumps({"key": self.key, "pictures": len(image_paths), "bad": bad}, ensure_ascii=False)
+        note = json.dumps({"key": self.key, "pictures": pictures, "bad": bad}, ensure_ascii=False)
         self.note.write_text(note, encoding="utf-8")
 
     def __getitem__(self, rows):

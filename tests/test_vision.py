@@ -85,7 +85,7 @@ def test_a_cache_opens_its_file_in_every_worker(tiny_clip, pictures, tmp_path):
     encoder = load_vision(tiny_clip)
     cache = FeatureCache(tmp_path, "key")
     pixels = torch.stack([read_pixels(path, encoder.image_size) for path in pictures[:3]])
-    cache.build(encoder, pictures[:3], [(pixels, [None] * 3)], lambda count: None)
+    cache.build(encoder, 3, [(pixels, [None] * 3)], lambda count: None)
     assert cache.ready()
     sent = pickle.dumps(cache)
     assert len(sent) < 1000
@@ -130,7 +130,7 @@ def test_feature_cache_is_rebuilt_when_stale_or_half_written(tmp_path, tiny_clip
 
     cache = FeatureCache(folder, cache_key(tiny_clip, paths))
     assert not cache.ready()
-    cache.build(encoder, paths, [(pixels[:2], [None] * 2), (pixels[2:], [None])], lambda n: None)
+    cache.build(encoder, 3, [(pixels[:2], [None] * 2), (pixels[2:], [None])], lambda n: None)
     again = FeatureCache(folder, cache_key(tiny_clip, paths))
     assert again.ready()
     torch.testing.assert_close(again[np.array([2, 0])].float(), encoder(pixels)[[2, 0]], atol=5e-3, rtol=5e-3)
@@ -154,5 +154,5 @@ def test_half_written_file_is_not_taken_for_whole(tmp_path, tiny_clip):
 
     cache = FeatureCache(tmp_path / "features", cache_key(tiny_clip, [tmp_path / "a.png"] * 2))
     with pytest.raises(KeyboardInterrupt):
-        cache.build(encoder, [tmp_path / "a.png"] * 2, interrupted(), lambda n: None)
+        cache.build(encoder, 2, interrupted(), lambda n: None)
     assert not FeatureCache(tmp_path / "features", cache.key).ready()
