@@ -1,5 +1,7 @@
 """Conversations and pictures in, batches of token ids, labels and pixels out.
 
+`python -m model.dataset --check FILE` reads a whole file and its pictures and tells what can't be used, and why.
+
 All three stages read one JSON format, a list of records (dataset/README.md):
 
     {"image": "a.jpg, b.jpg", "conversations": [{"role": "user", "content": "<image>\n<image>\n..."}, {"role": "assistant", ...}]}
@@ -7,17 +9,21 @@ All three stages read one JSON format, a list of records (dataset/README.md):
 Shapes: B batch, T tokens, N images in the batch, P tokens per image.
 """
 
+import argparse
 import json
 import math
+import os
 import re
+import sys
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
-from model.LMConfig import BadInput, BadRecord
+from model.LMConfig import BadInput, BadRecord, LMConfig
 from model.vision_utils import read_pixels
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
@@ -112,7 +118,7 @@ def encode_prompt(tokenizer, question, config):
 
 
 CHUNK = 2**22  # characters of a file that are read at a time
-BETWEEN, END = re.compile(r"\s*,\s*"), re.compile(r"\s*\]\s*$")
+SPACE, COMMA, END = re.compile(r"\s*"), re.compile(r"\s*,\s*"), re.compile(r"\s*\]\s*$")
 
 
 def read_records(path):
@@ -140,13 +146,13 @@ def parse_list(file, path):
         raise BadInput(
             f"{path} should be a JSON list of records with 'image' and 'conversations', and begins with {text[:20]!r}"
         )
-    decoder, number, at, whole = json.JSONDecoder(), 0, len(text) - len(text[1:].lstrip()), False
+    decoder, number, at, whole = json.JSONDecoder(), 0, 1, False
     while not END.match(text, at):
-        between = BETWEEN.match(text, at) if number else None
+        before = (COMMA if number else SPACE).match(text, at)
         try:
-            if number and not between:
+            if not before:
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
-            record, end = decoder.raw_decode(text, between.end() if between else at)
+            record, end = decoder.raw_decode(text, before.end())
         except (ValueError, RecursionError) as error:
             if whole:
                 why = f"{error.msg} near {text[error.pos :][:20]!r}" if hasattr(error, "msg") else error
@@ -209,7 +215,7 @@ class Problems:
     """Records that can't be used, counted by reason.
 
     strict: the first one ends the run; more than `most` of them, as a fraction of the `total`, do so anyway.
-    tell: called with the first of each reason, or None. total: records in the data, None until all have been seen.
+    tell: called with a line about the first of each reason, or None. total: records in the data, None until all have been seen.
     """
 
     def __init__(self, strict=True, most=0.0, tell=None):
@@ -230,7 +236,9 @@ class Problems:
     def check(self):
         """BadInput if there are too many."""
         if self.count > self.most * self.total:
-            raise BadInput(f"{self}, over --max_bad_fraction {self.most:g} of {self.total}: mend the data, or allow more")
+            raise BadInput(
+                f"{self}, over --max_bad_fraction {self.most:g} of {self.total}: mend the data, or allow more"
+            )
 
     def merge(self, others):
         """Takes over what other processes, or an earlier part of the run, have counted."""
@@ -293,15 +301,15 @@ class VLMDataset(Dataset):
 
     Everything is tokenised once, here, into flat arrays that worker processes share. `labels` are the ids of the answers
     and of the `</s>` that ends each; all else is -100. Records that can't be used, or whose answers lie wholly beyond
-    `max_seq_len`, are left out and counted in `problems`, whose arguments are `strictness`. A record whose picture turns out
-    to be bad when it is read is replaced by the next good one, so that batches keep their size and resumed runs their
-    place; items tell of it in `problems`. With `features` set (a FeatureCache over `image_paths`), items carry
+    `max_seq_len`, are left out and counted in `problems`, whose arguments are `strictness`; `cut_off` counts those that lose
+    only their end. A record whose picture turns out to be bad when it is read is replaced by the next good one, so that
+    batches keep their size and resumed runs their place; items tell of it in `problems`. With `features` set (a FeatureCache over `image_paths`), items carry
     `image_features` (n, P, V) instead of pixels and no picture is opened.
     """
 
     def __init__(self, data_path, images_path, tokenizer, config, max_seq_len, image_size, **strictness):
         self.images_path, self.image_size = Path(images_path), image_size
-        self.features = None
+        self.features, self.cut_off = None, 0
         self.problems = Problems(**strictness)
         if not self.images_path.is_dir():
             raise BadInput(
@@ -325,12 +333,16 @@ class VLMDataset(Dataset):
         self.numbers = torch.tensor(numbers)
         self.coco_prefix = ""
         if row_of and not self.image_path(0).exists():
-            coco = self.images_path / f"COCO_train2014_{next(iter(row_of))}"  # so COCO names what records name without it
+            coco = (
+                self.images_path / f"COCO_train2014_{next(iter(row_of))}"
+            )  # so COCO names what records name without it
             self.coco_prefix = "COCO_train2014_" if coco.exists() else ""
 
     def read(self, data_path, tokenizer, config, max_seq_len):
         """Yields (number, token ids, is_answer flags, image names) of each record that can be used."""
-        records, placeholder = enumerate(read_records(data_path)), config.image_special_token
+        silent = None if self.problems.tell else True  # None: on a terminal only
+        records = tqdm(read_records(data_path), desc=str(data_path), unit=" records", disable=silent)
+        records, placeholder = enumerate(records), config.image_special_token
         while block := list(islice(records, 4096)):
             parsed = []
             for number, record in block:
@@ -343,6 +355,7 @@ class VLMDataset(Dataset):
                 if len(ids) > max_seq_len:
                     tokens, images = fitting(ids, max_seq_len, config)
                     ids, answers, names = ids[:tokens], answers[:tokens], names[:images]
+                    self.cut_off += answers.any()
                 if answers.any():
                     yield number, ids, answers, names
                 else:
@@ -503,3 +516,62 @@ def cut_up(indices, size):
     """An array as lists of `size` of its numbers, the last one possibly shorter."""
     for begin in range(0, len(indices), size):
         yield indices[begin : begin + size].tolist()
+
+
+# --- python -m model.dataset --check FILE ---------------------------------------------------------------------------
+
+
+def check(dataset, workers):
+    """Opens all pictures of a VLMDataset, and adds to its `problems` the records whose pictures can't be read."""
+    pictures = Pictures(dataset)
+    loader = DataLoader(pictures, batch_size=64, collate_fn=collate_pictures, num_workers=workers)
+    bad = {}
+    with tqdm(total=len(pictures), unit="picture", desc="pictures") as bar:
+        for pixels, problems in loader:
+            bad.update((bar.n + i, BadRecord(*problem)) for i, problem in enumerate(problems) if problem)
+            bar.update(len(pixels))
+    for index, number in enumerate(dataset.numbers.tolist()):
+        for row in bad.keys() & set(dataset.rows[index].tolist()):
+            dataset.problems.add(bad[row], number)
+
+
+def report(dataset):
+    """What `check` found, and how long the records are, as text."""
+    numbers = dataset.problems.numbers
+    good = dataset.problems.total - len(set().union(*numbers.values()))
+    lines = [f"{dataset.problems.total:,} records, {good:,} can be used"]
+    lines += [f"  {len(some):,} left out: {reason}" for reason, some in numbers.items()]
+    lengths = dataset.lengths
+    lines.append(f"{lengths.sum():,} tokens, {lengths.mean():.0f} a record, of which {dataset.cut_off:,} are cut off")
+    counts, edges = np.histogram(lengths, bins=np.arange(0, lengths.max() + 32, 32))
+    for count, edge in zip(counts, edges, strict=False):
+        if count:
+            lines.append(f"  {edge:>5} to {edge + 31:<5}{count:>10,}  {'#' * math.ceil(60 * count / counts.max())}")
+    return "\n".join(lines)
+
+
+def main():
+    from model.arguments import DEMO_MODEL, parse_with_demo
+    from model.checkpoint import load_tokenizer
+
+    parser = argparse.ArgumentParser(description="Reads a file of records and all its pictures before a training does.")
+    parser.add_argument("--check", required=True, metavar="FILE", help="the JSON file of records")
+    parser.add_argument("--images_path", default="dataset/pretrain_images", help="folder of its pictures")
+    parser.add_argument("--tokenizer_path", default="model/minimind_tokenizer", help="folder of the tokenizer")
+    parser.add_argument("--max_seq_len", type=int, default=512, help="as in training")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes that read pictures")
+    demo = {name: DEMO_MODEL[name] for name in ("images_path", "tokenizer_path")}
+    args = parse_with_demo(parser, demo)
+    tokenizer = load_tokenizer(args.tokenizer_path)
+    config = LMConfig(**tokenizer_fields(tokenizer))
+    strictness = {"strict": False, "most": 1.0, "tell": tqdm.write}
+    dataset = VLMDataset(args.check, args.images_path, tokenizer, config, args.max_seq_len, 32, **strictness)
+    check(dataset, args.num_workers)
+    print(report(dataset))
+    sys.exit(bool(dataset.problems.count))
+
+
+if __name__ == "__main__":
+    from model.arguments import run_script
+
+    run_script(main)

@@ -1,0 +1,289 @@
+"""Records and pictures that can't be used, kind by kind, and what becomes of a training that meets them."""
+
+import json
+import shutil
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from conftest import run_python
+from PIL import Image
+from test_resume import TORCHRUN, begin, digest, finish, log_lines, losses, place, run_whole, until  # noqa: F401
+
+from model.dataset import VLMDataset, collate, read_records, tokenizer_fields
+from model.LMConfig import BadInput, BadRecord, LMConfig
+
+RED = (255, 0, 0)
+
+
+def talk(*texts):
+    """A conversation of alternating turns."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def red(mode):
+    return Image.new("RGB", (40, 30), RED).convert(mode)
+
+
+def bomb():
+    """A PNG whose head promises 40,000 x 40,000 pixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", 40000, 40000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    )
+
+
+def turned(path):
+    """White with red at the left, to be turned so that the red is at the top."""
+    image, exif = Image.new("RGB", (40, 40), "white"), Image.Exif()
+    image.paste(RED, (0, 0, 20, 40))
+    exif[0x0112] = 6
+    image.save(path, exif=exif, quality=95)
+
+
+def seen_through(path):
+    """Red in the upper half, and below it a black that is wholly transparent."""
+    image = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
+    image.paste((*RED, 255), (0, 0, 40, 20))
+    image.save(path)
+
+
+def deep(path):
+    shades = np.full((40, 40), 200 * 257, dtype=np.uint16)
+    Image.fromarray(shades).save(path)
+
+
+USED = {  # how a picture is made, and what is seen in the middle of its upper and of its lower half
+    "cmyk.jpg": (lambda path: red("CMYK").save(path, quality=95), RED, RED),
+    "palette.png": (lambda path: red("P").save(path), RED, RED),
+    "grey.jpg": (lambda path: Image.new("L", (40, 40), 90).save(path), (90,) * 3, (90,) * 3),
+    "deep.png": (deep, (200,) * 3, (200,) * 3),
+    "alpha.png": (seen_through, RED, (255,) * 3),
+    "turned.jpg": (turned, RED, (255,) * 3),
+    "moving.gif": (
+        lambda path: red("RGB").save(path, save_all=True, append_images=[Image.new("RGB", (40, 30), "blue")]),
+        RED,
+        RED,
+    ),
+}
+LEFT_OUT = {  # how a file is made, and the reason that is counted
+    "missing.jpg": (lambda path: None, "picture missing"),
+    "empty.jpg": (lambda path: path.write_bytes(b""), "picture unreadable"),
+    "cut.jpg": (
+        lambda path: (red("RGB").resize((400, 300)).save(path), path.write_bytes(path.read_bytes()[:700])),
+        "picture unreadable",
+    ),
+    "text.jpg": (lambda path: path.write_text("<html>404</html>"), "picture unreadable"),
+    "bomb.png": (lambda path: path.write_bytes(bomb()), "picture unreadable"),
+    "folder.jpg": (lambda path: path.mkdir(), "picture unreadable"),
+}
+WRONG = {  # record -> the reason that is counted, and what the message says
+    "not an object": (5, "wrong shape", "expected an object with 'image', a text, and 'conversations'"),
+    "no conversation": ({"image": "a.png"}, "wrong shape", "expected an object"),
+    "empty conversation": ({"image": "", "conversations": []}, "wrong shape", "expected an object"),
+    "a list of names": ({"image": ["a.png"], "conversations": talk("<image>", "x")}, "wrong shape", "'image', a text"),
+    "foreign role": (
+        {"image": "", "conversations": [{"role": "cat", "content": "?"}]},
+        "wrong shape",
+        "expected a turn with a role (user, ",
+    ),
+    "no text": (
+        {"image": "", "conversations": [{"role": "user", "content": None}]},
+        "wrong shape",
+        "and a text as content",
+    ),
+    "empty answer": ({"image": "a.png", "conversations": talk("<image>", " ")}, "no answer", "says anything"),
+    "question alone": ({"image": "", "conversations": talk("?")}, "unpaired turns", "should take turns, not user"),
+    "two questions": (
+        {"image": "", "conversations": [*talk("?"), *talk("?", "x")]},
+        "unpaired turns",
+        "not user, user, assistant",
+    ),
+    "answer first": ({"image": "", "conversations": talk("?", "x")[::-1]}, "unpaired turns", "not assistant, user"),
+    "too few pictures": (
+        {"image": "a.png", "conversations": talk("<image><image>", "x")},
+        "images and <image> differ",
+        "1 images in 'image', but 2 <image>",
+    ),
+    "too many pictures": (
+        {"image": "a.png, a.png", "conversations": talk("<image>", "x")},
+        "images and <image> differ",
+        "2 images in 'image', but 1 <image>",
+    ),
+    "answer cut off": (
+        {"image": "", "conversations": talk("圆" * 600, "x")},
+        "answer beyond --max_seq_len",
+        "its answers lie beyond --max_seq_len 512",
+    ),
+}
+
+
+def load(folder, records, tokenizer, **strictness):
+    red("RGB").save(folder / "a.png")
+    (folder / "data.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    config = LMConfig(**tokenizer_fields(tokenizer))
+    return VLMDataset(folder / "data.json", folder, tokenizer, config, 512, 32, **strictness)
+
+
+@pytest.mark.parametrize("name", USED)
+def test_odd_pictures_are_used_properly(tmp_path, tokenizer, name):
+    make, upper, lower = USED[name]
+    make(tmp_path / name)
+    item = load(tmp_path, [{"image": name, "conversations": talk("<image>", "x")}], tokenizer)[0]
+    assert item["problems"] == []
+    for row, colour in ((8, upper), (24, lower)):
+        assert item["pixel_values"][0][:, row, 16].tolist() == pytest.approx(colour, abs=4)
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_bad_pictures_are_replaced_and_told(tmp_path, tokenizer, name):
+    make, reason = LEFT_OUT[name]
+    make(tmp_path / name)
+    records = [{"image": picture, "conversations": talk("<image>", "x")} for picture in (name, "a.png", "a.png")]
+    dataset = load(tmp_path, records, tokenizer)
+    batch = collate([dataset[i] for i in range(3)])
+    assert batch["pixel_values"].shape == (3, 3, 32, 32) and (batch["pixel_values"][0, 0] == 255).all()
+    ((problem, number),) = batch["problems"]
+    assert isinstance(problem, BadRecord) and (problem.reason, number) == (reason, 0)
+    assert str(tmp_path / name) in str(problem) and "replace it or leave it out" in str(problem)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_records_are_left_out_and_counted(tmp_path, tokenizer, name):
+    wrong, reason, says = WRONG[name]
+    good = {"image": "a.png", "conversations": talk("<image>", "x")}
+    told = []
+    dataset = load(tmp_path, [good, wrong, wrong, good], tokenizer, strict=False, most=0.5, tell=told.append)
+    assert len(dataset) == 2 and dataset.problems.numbers == {reason: {1, 2}}
+    (line,) = told  # of several of a kind, the first
+    assert "data.json, record 1: " in line and says in line
+    with pytest.raises(BadInput, match="record 1"):
+        load(tmp_path, [good, wrong], tokenizer, strict=True)
+    with pytest.raises(BadInput, match=f"2 records left out .2 {reason}., over --max_bad_fraction 0.4 of 4"):
+        load(tmp_path, [good, wrong, wrong, good], tokenizer, strict=False, most=0.4)
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (b"", "should be a JSON list of records"),
+        (b"hello", "begins with 'hello'"),
+        (b'{"image": "a.png"}', "should be a JSON list"),
+        (b"[]", "is an empty list"),
+        (b'[{"a": 1}, {"a": 2}, {"a": oops}]', "record 2, is not valid JSON (Expecting value near 'oops"),
+        (b'[{"a": 1} {"a": 2}]', "record 1, is not valid JSON (Expecting ',' or ']'"),
+        (b'[{"a": 1}, {"a": "xy', "record 1, is not valid JSON"),
+        (b'[{"a": 1}, {"a": 2}', "record 2, is not valid JSON"),
+        (b'[{"a": 1}, ' + b"[" * 100000, "record 1, is not valid JSON (maximum recursion depth"),
+        (b'[{"a": "\xff\xfe"}]', "is not UTF-8 text"),
+    ],
+)
+def test_a_file_that_is_no_list_of_records(tmp_path, content, says):
+    path = tmp_path / "data.json"
+    path.write_bytes(content)
+    with pytest.raises(BadInput) as error:
+        list(read_records(path))
+    assert str(path) in str(error.value) and says in str(error.value)
+
+
+def test_records_come_whole_out_of_a_file_read_in_parts(tmp_path, monkeypatch):
+    records = [{"text": "字" * (i % 50), "numbers": [i, {"]": "[, "}]} for i in range(300)]
+    path = tmp_path / "data.json"
+    for indent in (None, 1):
+        path.write_text("\ufeff \n" + json.dumps(records, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
+        for size in (3, 7, 100, 10**6):
+            monkeypatch.setattr("model.dataset.CHUNK", size)
+            assert list(read_records(path)) == records
+
+
+# --- in a training --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spoilt(place, tmp_path):  # noqa: F811
+    """The same place with a data file of its own, in which 1 of 47 records has no answer and 2 have a bad picture."""
+    records = json.loads((place.world / "pretrain.json").read_text(encoding="utf-8"))
+    shutil.copytree(place.world / "images", tmp_path / "images")
+    records.pop()  # so that the good ones can be dealt to two processes
+    records[10]["conversations"].pop()
+    records[20]["image"] = "nowhere.jpg"
+    (tmp_path / "images" / records[30]["image"]).write_bytes(b"")
+    place.world = tmp_path
+    (tmp_path / "pretrain.json").write_text(json.dumps(records), encoding="utf-8")
+    return place
+
+
+COUNTED = {"unpaired turns": 1, "picture missing": 1, "picture unreadable": 1}
+ALLOWED = ["--max_bad_fraction", 0.1]
+
+
+def test_a_training_goes_on_and_counts(spoilt):
+    text = run_whole(spoilt, *ALLOWED)
+    assert len(losses(spoilt)) == 18  # 46 of 47 records, in batches of 8, 3 epochs
+    assert text.count("left out, as are others like it") == 3  # once each, not once an epoch
+    for says in ("record 10: user and assistant", "nowhere.jpg could not be read", "picture (cannot identify"):
+        assert says in text
+    assert "3 records left out (1 unpaired turns, 1 picture " in text
+    assert log_lines(spoilt)[-1]["left_out"] == COUNTED
+
+
+def test_in_workers_processes_and_from_a_cache_it_counts_the_same(spoilt):
+    run_whole(spoilt, *ALLOWED)
+    alone = losses(spoilt)
+    for flags, launcher in (
+        (["--num_workers", 2], ()),
+        (["--batch_size", 4], [*TORCHRUN, "--nproc_per_node", 2]),
+        (["--cache_features"], ()),
+    ):
+        (spoilt.out / "64_vlm_pretrain.jsonl").unlink()
+        text = run_whole(spoilt, *ALLOWED, *flags, launcher=launcher)
+        assert log_lines(spoilt)[-1]["left_out"] == COUNTED, text
+        assert losses(spoilt) == pytest.approx(alone, abs=1e-3 if "--cache_features" in flags else 1e-5)
+
+
+def test_resumed_among_bad_records_it_is_as_if_nothing_had_happened(spoilt):
+    run_whole(spoilt, *ALLOWED)
+    undisturbed = losses(spoilt), digest(spoilt)
+    for file in spoilt.out.glob("64_vlm_pretrain*"):
+        file.unlink()
+    process = begin(spoilt, *ALLOWED)
+    until(process, 11)
+    process.kill()
+    process.wait()
+    run_whole(spoilt, *ALLOWED, "--resume")
+    assert (losses(spoilt), digest(spoilt)) == undisturbed
+    assert log_lines(spoilt)[-1]["left_out"] == COUNTED
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--strict"], "record 10: user and assistant should take turns"),
+        (["--max_bad_fraction", 0.05], "3 records left out (1 unpaired turns, "),
+    ],
+)
+def test_too_much_is_too_much(spoilt, flags, says):
+    code, text = finish(begin(spoilt, *flags))
+    assert code == 1 and f"error: {says}" in text.replace(f"{spoilt.world}/pretrain.json, ", "")
+    assert "Traceback" not in text
+
+
+def test_a_file_is_checked_beforehand(spoilt):
+    flags = ["--images_path", spoilt.world / "images", "--tokenizer_path", "model/demo"]
+    code, out, err = run_python("-m", "model.dataset", "--check", spoilt.world / "pretrain.json", *flags)
+    assert code == 1 and "Traceback" not in err
+    assert "47 records, 44 can be used" in out and "100%" in err
+    for reason, count in COUNTED.items():
+        assert f"{count} left out: {reason}" in out
+    assert sum(int(line.split()[3]) for line in out.splitlines() if " to " in line and "#" in line) == 46
+    good = spoilt.world / "good.json"
+    good.write_text(json.dumps(json.loads((spoilt.world / "pretrain.json").read_text())[:10]))
+    code, out, err = run_python("-m", "model.dataset", "--check", good, *flags)
+    assert code == 0 and "10 records, 10 can be used" in out
+    code, out, err = run_python("-m", "model.dataset", "--check", good, *flags, "--max_seq_len", 80)
+    assert "are cut off" in out
