@@ -3,6 +3,7 @@
 python web_server.py                     # out/512_vlm_sft.pth on http://127.0.0.1:7788
 python web_server.py --demo              # the demo's model
 python web_server.py --weights FILE --host 0.0.0.0 --port 80
+python web_server.py --watch             # only the curves of trainings, without a model
 
 Any other WSGI server can run it in one process with many threads:
 gunicorn --threads 32 'web_server:create_app("--demo")'
@@ -10,6 +11,7 @@ gunicorn --threads 32 'web_server:create_app("--demo")'
 GET  /                      the page                       GET  /v1/models        what is served
 POST /v1/chat/completions   ask, streamed or whole         GET  /health           how the server is
 POST /attention             where the model looked         GET  /info             what the page needs to know
+GET  /training              curves of trainings            GET  /training/runs    what they are drawn from
 """
 
 import argparse
@@ -28,7 +30,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from flask import Flask, Response, jsonify, request, send_from_directory
+from flask import Flask, Response, jsonify, redirect, request, send_from_directory
 from PIL import Image, UnidentifiedImageError
 from werkzeug.exceptions import HTTPException, NotFound, RequestEntityTooLarge, ServiceUnavailable, UnsupportedMediaType
 from werkzeug.serving import make_server
@@ -37,6 +39,7 @@ from model.arguments import DEMO_MODEL, add_model_arguments, add_switch, parse_w
 from model.chat import SETTINGS, Chat, add_chat_arguments, read_questions, settings_of
 from model.dataset import as_conversation
 from model.LMConfig import BadInput
+from model.plot import read_log
 from model.vision_utils import MAX_PIXELS, picture_frames, video_frames
 
 DEMO = {**DEMO_MODEL, "temperature": 0.0}  # the demo's questions have one right answer
@@ -271,24 +274,30 @@ def parse_arguments(flags):
     parser.add_argument(
         "--queue", type=int, default=8, help="how many may wait while one is answered (default %(default)s)"
     )
+    add_switch(parser, "--watch", help="only the curves of trainings, at /training, without a model")
     return parse_with_demo(parser, DEMO, flags)
 
 
 def create_app(*flags):
     """The Flask application, its model loaded and warmed up. Takes the flags of the command line."""
     args = parse_arguments(flags)
+    app = Flask(__name__, static_folder="web", static_url_path="/web")
+    app.json.ensure_ascii = False
+    app.after_request(guard)
+    app.register_error_handler(HTTPException, tell_error)
+    app.register_error_handler(BadInput, tell_error)
+    add_training(app, Path(args.out_dir).absolute())
+    if args.watch:
+        app.add_url_rule("/", view_func=lambda: redirect("training"))
+        return app
     chat = Chat.from_arguments(args)
     chat.warm_up()
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # read_medium has a limit of its own
-    app = Flask(__name__, static_folder="web", static_url_path="/web")
     app.config["MAX_CONTENT_LENGTH"] = MAX_REQUEST
-    app.json.ensure_ascii = False
     app.chat, app.line, app.generated = chat, Line(args.queue), 0
     samples = Path("dataset/eval_multi_images" if args.multi else "dataset/eval_images").absolute()
     add_page(app, samples, settings_of(args))
     add_api(app, settings_of(args))
-    app.register_error_handler(HTTPException, tell_error)
-    app.register_error_handler(BadInput, tell_error)
     return app
 
 
@@ -306,19 +315,37 @@ def tell_error(error):
     return response
 
 
+def guard(response):
+    """The pages load nothing from elsewhere, and no other page may frame them."""
+    response.headers["Content-Security-Policy"] = (
+        "default-src 'self'; img-src 'self' data: blob:; media-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    )
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Referrer-Policy"] = "no-referrer"
+    return response
+
+
+def add_training(app, out_dir):
+    """The page with the curves of the trainings in a folder, and what it draws: the last run of each log, newest first."""
+
+    @app.get("/training")
+    def training():
+        return send_from_directory(app.static_folder, "training.html")
+
+    @app.get("/training/runs")
+    def runs():
+        found = []
+        for file in out_dir.glob("*.jsonl"):
+            with contextlib.suppress(BadInput, OSError):  # a file of something else, or gone by now
+                found.append({**read_log(file), "updated": file.stat().st_mtime})
+        response = jsonify(sorted(found, key=lambda run: -run["updated"]))
+        response.add_etag()
+        return response.make_conditional(request)
+
+
 def add_page(app, samples, defaults):
     """The page, its pictures, and what it needs to know."""
     chat = app.chat
-
-    @app.after_request
-    def guard(response):
-        """The page loads nothing from elsewhere, and no other page may frame it."""
-        response.headers["Content-Security-Policy"] = (
-            "default-src 'self'; img-src 'self' data: blob:; media-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-        )
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        response.headers["Referrer-Policy"] = "no-referrer"
-        return response
 
     @app.get("/")
     def page():
@@ -494,7 +521,8 @@ def main():
     app = create_app(*sys.argv[1:])
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no line for every request
     server = make_server(args.host, args.port, app, threaded=True)
-    print(f"{app.chat.loaded}\nopen http://{args.host}:{server.port} (Ctrl-C stops)", flush=True)
+    print("watching trainings" if args.watch else app.chat.loaded)
+    print(f"open http://{args.host}:{server.port} (Ctrl-C stops)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
 

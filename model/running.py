@@ -118,7 +118,9 @@ class Log:
             self.file = open(path, "r+" if step and path.exists() else "a", encoding="utf-8")  # noqa: SIM115
             if step:
                 self.forget_beyond(step)
-            self.file.write(json.dumps({"run": name, "step": step, "time": time.time(), "args": vars(args)}) + "\n")
+            self.file.write(
+                json.dumps({"run": name, "step": step, "steps": steps, "time": time.time(), "args": vars(args)}) + "\n"
+            )
         except OSError as error:
             raise BadInput(f"{path} could not be written ({error.strerror}): name another --out_dir") from None
         self.bar = tqdm(total=steps, initial=step, desc=name, disable=not sys.stderr.isatty())
@@ -138,17 +140,12 @@ class Log:
     @staticmethod
     def open_wandb(args, wandb_id):
         """The run at Weights & Biases, or None, with a word about it, where there can be none."""
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds in which it must be reached
         import wandb
 
         try:
-            settings = wandb.Settings(init_timeout=30)
             return wandb.init(
-                project=args.wandb_project,
-                name=args.wandb_run_name,
-                config=vars(args),
-                id=wandb_id,
-                resume="allow",
-                settings=settings,
+                project=args.wandb_project, name=args.wandb_run_name, config=vars(args), id=wandb_id, resume="allow"
             )
         except wandb.Error as error:
             reason = str(error).splitlines()[0]

@@ -239,12 +239,6 @@ def test_from_scratch_needs_no_language_model(place):
     assert (place.out / "64_vlm_pretrain.pth").exists()
 
 
-def test_wandb_offline(place, tmp_path):
-    code, _, err = place.pretrain("--from_scratch", "--use_wandb", WANDB_DIR=str(tmp_path))
-    assert code == 0, err
-    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
-
-
 @pytest.mark.parametrize(
     "script, flags, names",
     [

@@ -1,9 +1,11 @@
 // The chat page: pictures and a question go to /v1/chat/completions, the answer comes back piece by piece.
 // Model output only ever becomes text nodes.
 
+import { $, make, setUp, t, translate } from "./common.js";
+
 const TEXTS = {
   zh: {
-    language: "EN", language_label: "English", theme: "切换深浅色", clear: "清空对话", settings: "回答设置",
+    clear: "清空对话", settings: "回答设置", training: "训练曲线",
     temperature: "温度（0 为最可能的字）", top_k: "top-k（0 为不限）", top_p: "top-p", max_tokens: "最多生成的 token 数",
     seed: "随机种子", seed_random: "每次不同", reset: "恢复默认",
     welcome: "让小小的模型看一看", samples: "点一张图片试试，或者拖入、粘贴你自己的图片",
@@ -20,7 +22,7 @@ const TEXTS = {
     too_many: (n) => `模型一次最多看 ${n} 张图片。`, not_picture: (name) => `${name} 不是图片，也不是视频。`, describe: "描述这张图片。",
   },
   en: {
-    language: "中", language_label: "中文", theme: "Light or dark", clear: "Clear the talk", settings: "How it answers",
+    clear: "Clear the talk", settings: "How it answers", training: "Training curves",
     temperature: "Temperature (0: the likeliest token)", top_k: "Top-k (0: no limit)", top_p: "Top-p", max_tokens: "Longest answer, in tokens",
     seed: "Seed", seed_random: "another each time", reset: "Back to defaults",
     welcome: "Let a tiny model look", samples: "Pick a picture to begin, or drop or paste one of yours",
@@ -38,30 +40,12 @@ const TEXTS = {
   },
 };
 
-const $ = (id) => document.getElementById(id);
-const remembered = (name) => { try { return localStorage.getItem(name); } catch { return null; } };
-const remember = (name, value) => { try { localStorage.setItem(name, value); } catch { /* private windows forget */ } };
-
-let language = remembered("language") || (navigator.language.startsWith("zh") ? "zh" : "en");
 let info = null; // the server's /info
 let pictures = []; // {url (data:), name, questions}: what the next question is about
 let asking = null; // the turn that is being answered
 const turns = [];
 
-const t = (name, ...values) => {
-  const text = TEXTS[language][name];
-  return typeof text === "function" ? text(...values) : text;
-};
-
 // --- small helpers ------------------------------------------------------------------------------------------------
-
-/** An element with properties, data- attributes under `data`, and children. */
-function make(tag, { data = {}, ...properties } = {}, ...children) {
-  const element = Object.assign(document.createElement(tag), properties);
-  Object.assign(element.dataset, data);
-  element.append(...children);
-  return element;
-}
 
 function icon(name) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
@@ -83,22 +67,7 @@ function notice(text) {
   noticeTimer = setTimeout(() => { $("notice").hidden = true; }, 6000);
 }
 
-/** Puts the language's words wherever an element asks for them. */
-function translate(root = document) {
-  for (const element of root.querySelectorAll("[data-text]")) element.textContent = t(element.dataset.text);
-  for (const element of root.querySelectorAll("[data-placeholder]")) element.placeholder = t(element.dataset.placeholder);
-  for (const element of root.querySelectorAll("[data-name]")) element.setAttribute("aria-label", t(element.dataset.name));
-  for (const element of root.querySelectorAll("[data-label]")) {
-    element.setAttribute("aria-label", t(element.dataset.label));
-    element.title = t(element.dataset.label);
-  }
-}
-
 function showLanguage() {
-  document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
-  translate();
-  $("language").textContent = t("language");
-  for (const attribute of ["aria-label", "title"]) $("language").setAttribute(attribute, t("language_label"));
   if (info) $("model").textContent = `${info.model} · ${t("parameters", (info.parameters / 1e6).toFixed(1))}`;
   for (const turn of turns) turn.describe();
   showPictures();
@@ -484,13 +453,6 @@ function listen() {
     $("drop").hidden = true;
     addFiles([...event.dataTransfer.files]);
   };
-  $("language").onclick = () => { language = language === "zh" ? "en" : "zh"; remember("language", language); showLanguage(); };
-  $("theme-button").onclick = () => {
-    const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-    const now = document.documentElement.dataset.theme || (dark ? "dark" : "light");
-    document.documentElement.dataset.theme = now === "dark" ? "light" : "dark";
-    remember("theme", document.documentElement.dataset.theme);
-  };
   $("clear-button").onclick = clearTalk;
   $("settings-button").onclick = () => openSettings($("settings-panel").hidden);
   $("settings-panel").oninput = showSettings;
@@ -518,11 +480,9 @@ function showSamples() {
 }
 
 async function begin() {
-  const theme = remembered("theme");
-  if (theme) document.documentElement.dataset.theme = theme;
   listen();
+  setUp(TEXTS, showLanguage);
   showAsking();
-  showLanguage();
   try {
     info = await (await fetch("info")).json();
   } catch {

@@ -1,0 +1,92 @@
+"""Curves from the logs of trainings.
+
+    python -m model.plot out/*.jsonl                    # one picture, curves.png, of loss, learning rate and throughput
+    python -m model.plot out/*.jsonl --save loss.png
+
+`python web_server.py` shows the same at /training while a training runs.
+"""
+
+import argparse
+import glob
+import json
+import math
+from pathlib import Path
+
+from model.arguments import run_script
+from model.LMConfig import BadInput
+
+PANELS = {"loss": ("loss", "val_loss"), "learning rate": ("lr",), "samples/s": ("samples_per_s",)}
+
+
+def read_log(path):
+    """The last run in a log that `running.Log` wrote: {"name", "step", "steps", "minutes_left", "curves"}.
+
+    minutes_left is None before the first figures and after the end. curves: for each figure its points, [step, value], with
+    None where the value is not a finite number. Lines that are not whole are passed over, as the last one of a running
+    training may be. BadInput if the file can't be read or has no run.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise BadInput(f"{path} could not be read ({error.strerror})") from None
+    run = None
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and "run" in entry:
+            if run is None or not entry.get("step"):  # one that is resumed goes on where it was
+                run = {"name": entry["run"], "step": 0, "steps": entry.get("steps", 0), "curves": {}}
+            run["minutes_left"] = None
+        elif run and "left_out" in entry:
+            run["minutes_left"] = None
+        elif run and "step" in entry:
+            run["step"], run["minutes_left"] = entry.pop("step"), entry.pop("epoch_Time", None)
+            for name, value in entry.items():
+                point = [run["step"], value if math.isfinite(value) else None]
+                run["curves"].setdefault(name, []).append(point)
+    if run is None:
+        raise BadInput(f"{path} is not the log of a training: name .jsonl files that a stage wrote")
+    return run
+
+
+def draw(runs, path):
+    """All runs in one picture, a panel for each of PANELS."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise BadInput("to draw, matplotlib is needed: pip install matplotlib") from None
+    figure = Figure(figsize=(7, 8), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(len(PANELS), sharex=True), PANELS.items(), strict=True):
+        for number, run in enumerate(runs):
+            for name in names:
+                points = run["curves"].get(name, [])
+                steps, values = [step for step, _ in points], [math.nan if y is None else y for _, y in points]
+                measured = name == "val_loss"
+                label = f"{run['name']}, held out" if measured and points else None if measured else run["name"]
+                axes.plot(
+                    steps, values, color=f"C{number}", label=label, linewidth=1.2, marker="." if measured else None
+                )
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+    figure.axes[-1].set_xlabel("step")
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} could not be written ({error})") from None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("logs", nargs="+", help=".jsonl files of trainings")
+    parser.add_argument("--save", default="curves.png", help="the picture to write (default %(default)s)")
+    args = parser.parse_args()
+    files = [file for log in args.logs for file in sorted(glob.glob(log)) or [log]]  # cmd.exe leaves the * in
+    draw([read_log(file) for file in files], args.save)
+    print(f"saved {args.save}: {len(files)} runs")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,146 @@
+// The curves of trainings: what /training/runs tells is drawn as SVG, and asked for again every two seconds.
+
+import { $, make, setUp, t } from "./common.js";
+
+const TEXTS = {
+  zh: {
+    title: "训练曲线", chat: "对话", runs: "训练", empty: "这里还没有训练记录。开始一个训练：python 1-pretrain_vlm.py --demo",
+    loss: "损失（空心点：留出部分）", held: "留出部分", lr: "学习率", samples_per_s: "每秒样本数", step: "步",
+    progress: (step, steps) => `第 ${step} / ${steps} 步`, left: (minutes) => `还剩 ${minutes} 分钟`,
+    lost: "和服务器的连接断了，它还在运行吗？",
+  },
+  en: {
+    title: "training", chat: "Chat", runs: "Runs", empty: "There is no log of a training yet. Start one: python 1-pretrain_vlm.py --demo",
+    loss: "Loss (circles: held out)", held: "held out", lr: "Learning rate", samples_per_s: "Samples a second", step: "step",
+    progress: (step, steps) => `step ${step} of ${steps}`, left: (minutes) => `${minutes} min left`,
+    lost: "The connection to the server is lost: is it still running?",
+  },
+};
+const CHARTS = { loss: ["loss", "val_loss"], lr: ["lr"], samples_per_s: ["samples_per_s"] };
+const COLOURS = 6; // that style.css has
+const HEIGHT = 220, LEFT = 58, RIGHT = 12, TOP = 10, BOTTOM = 24;
+
+let runs = [];
+let touched = 0; // when a pointer last read a value
+const hidden = new Set(); // names of runs that were clicked away
+const short = (value) => (value === 0 ? "0" : Math.abs(value) >= 1e-3 && Math.abs(value) < 1e5 ? String(Number(value.toPrecision(4))) : value.toExponential(1));
+
+function svg(tag, attributes, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+/** Round numbers between two values, about `count` of them. */
+function ticks(least, most, count) {
+  const rough = (most - least) / count || Math.abs(most) || 1;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const size = power * [1, 2, 5, 10].find((factor) => factor * power >= rough);
+  const first = Math.ceil(least / size);
+  return Array.from({ length: Math.floor(most / size) - first + 1 }, (_, i) => (first + i) * size);
+}
+
+/** The smallest and largest of all numbers, a little apart. */
+function range(values) {
+  let [least, most] = [Infinity, -Infinity];
+  for (const value of values) { least = Math.min(least, value); most = Math.max(most, value); }
+  const room = (most - least) * 0.05 || Math.abs(most) * 0.05 || 1;
+  return [least - room, most + room];
+}
+
+/** One chart: lines = [{colour, name, held, points: [[step, value or null], ...]}]. */
+function chart(title, lines, width) {
+  const figure = make("figure", {}, make("figcaption", { textContent: title }));
+  const points = lines.flatMap((line) => line.points).filter(([, value]) => value !== null);
+  if (!points.length) return figure;
+  const [low, high] = range(points.map(([, value]) => value));
+  const last = Math.max(1, ...points.map(([step]) => step));
+  const x = (step) => LEFT + (step / last) * (width - LEFT - RIGHT);
+  const y = (value) => TOP + ((high - value) / (high - low)) * (HEIGHT - TOP - BOTTOM);
+  const picture = svg("svg", { width, height: HEIGHT, role: "img", "aria-label": title });
+  for (const value of ticks(low, high, 4)) {
+    picture.append(svg("line", { x1: LEFT, x2: width - RIGHT, y1: y(value), y2: y(value), class: "grid" }));
+    picture.append(svg("text", { x: LEFT - 8, y: y(value) + 4, class: "end" }, short(value)));
+  }
+  for (const step of ticks(0, last, Math.max(2, width / 120))) {
+    picture.append(svg("text", { x: x(step), y: HEIGHT - 6, class: "middle" }, String(step)));
+  }
+  for (const line of lines) {
+    let path = "", pen = "M"; // lifted where a value was not finite
+    for (const [step, value] of line.points) {
+      if (value !== null) path += `${pen}${x(step).toFixed(1)} ${y(value).toFixed(1)}`;
+      pen = value === null ? "M" : "L";
+    }
+    picture.append(svg("path", { d: path, class: `curve c${line.colour}` }));
+    if (!line.held) continue;
+    for (const [step, value] of line.points.filter(([, value]) => value !== null)) {
+      picture.append(svg("circle", { cx: x(step), cy: y(value), r: 3.5, class: `held c${line.colour}` }));
+    }
+  }
+  const cursor = svg("line", { y1: TOP, y2: HEIGHT - BOTTOM, class: "cursor", visibility: "hidden" });
+  const readout = make("p", { className: "readout" });
+  picture.append(cursor);
+  picture.onpointermove = (event) => {
+    touched = Date.now();
+    const step = ((event.clientX - picture.getBoundingClientRect().left - LEFT) / (width - LEFT - RIGHT)) * last;
+    const near = lines.filter((line) => line.points.length).map((line) => [line, nearest(line.points, step)]);
+    cursor.setAttribute("x1", x(near[0][1][0]));
+    cursor.setAttribute("x2", x(near[0][1][0]));
+    cursor.setAttribute("visibility", "visible");
+    readout.replaceChildren(...near.map(([line, [at, value]]) => make("span", { className: `c${line.colour}` },
+      `${line.name}${line.held ? ` (${t("held")})` : ""} · ${t("step")} ${at}: ${value === null ? "–" : short(value)}`)));
+  };
+  picture.onpointerleave = () => { cursor.setAttribute("visibility", "hidden"); readout.replaceChildren(); };
+  figure.append(picture, readout);
+  return figure;
+}
+
+const nearest = (points, step) => points.reduce((best, point) => (Math.abs(point[0] - step) < Math.abs(best[0] - step) ? point : best));
+
+/** Which runs there are, how far each is, and by click whether it is drawn. */
+function describe(run, colour) {
+  const loss = run.curves.loss?.at(-1)?.[1];
+  const said = [t("progress", run.step, run.steps), loss == null ? "" : short(loss)];
+  if (run.minutes_left) said.push(t("left", run.minutes_left.toFixed(1)));
+  const bar = make("progress", { max: run.steps, value: run.step });
+  bar.setAttribute("aria-label", run.name);
+  return make("li", {}, make("button", {
+    type: "button", className: `c${colour}`, ariaPressed: String(!hidden.has(run.name)),
+    onclick: () => { if (!hidden.delete(run.name)) hidden.add(run.name); show(); },
+  }, make("b", { textContent: run.name }), make("span", { textContent: said.filter(Boolean).join(" · ") }), bar));
+}
+
+function show() {
+  const colours = new Map([...runs].sort((a, b) => a.name.localeCompare(b.name)).map((run, i) => [run.name, i % COLOURS]));
+  $("empty").hidden = runs.length > 0;
+  const focused = [...$("runs").querySelectorAll("button")].indexOf(document.activeElement);
+  $("runs").replaceChildren(...runs.map((run) => describe(run, colours.get(run.name))));
+  if (focused >= 0) $("runs").querySelectorAll("button")[focused]?.focus();
+  const width = $("charts").clientWidth;
+  const drawn = runs.filter((run) => !hidden.has(run.name));
+  $("charts").replaceChildren(...Object.entries(CHARTS).map(([title, names]) => chart(t(title), drawn.flatMap((run) => names.map((name) => (
+    { colour: colours.get(run.name), name: run.name, held: name === "val_loss", points: run.curves[name] ?? [] }))), width)));
+}
+
+let seen = "";
+async function ask() {
+  try {
+    const response = await fetch("training/runs");
+    const text = await response.text();
+    $("notice").hidden = true;
+    if (text !== seen && Date.now() - touched > 3000) { // not under a pointer that reads a value
+      seen = text;
+      runs = JSON.parse(text);
+      show();
+    }
+  } catch {
+    $("notice").textContent = t("lost");
+    $("notice").hidden = false;
+  }
+  setTimeout(ask, 2000);
+}
+
+setUp(TEXTS, show);
+new ResizeObserver(show).observe($("charts"));
+ask();
