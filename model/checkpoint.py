@@ -208,8 +208,8 @@ def write_weights(path, state, notes):
     """Named tensors and what is to be known of them, as `save_weights` does."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path.with_suffix(".json"), notes)  # first, so that no weights are ever without
     replace_file(path, lambda f: torch.save(state, f))
-    write_json(path.with_suffix(".json"), notes)
 
 
 def write_json(path, content):
@@ -221,9 +221,10 @@ def write_json(path, content):
 def replace_file(path, write):
     """Calls write(open file) on a temporary file and puts it, once it is on disk, in the place of `path`.
 
-    OSError if there is no room or no right to write; `path` is then what it was.
+    OSError if there is no room or no right to write; `path` is then what it was. A process that is killed meanwhile leaves
+    the temporary file behind, to be overwritten by the next.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f"{path.name}.tmp")
     try:
         with open(partial, "wb") as f:
             write(f)

@@ -233,6 +233,11 @@ class Problems:
         if self.total:
             self.check()
 
+    def take(self, batch):
+        """Counts what a batch of `collate` tells of, and takes it out."""
+        for problem, number in batch.pop("problems"):
+            self.add(problem, number)
+
     def check(self):
         """BadInput if there are too many."""
         if self.count > self.most * self.total:

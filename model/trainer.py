@@ -355,8 +355,7 @@ class Run:
         """
         args = self.args
         for batch in batches:
-            for problem, number in batch.pop("problems"):
-                self.problems.add(problem, number)
+            self.problems.take(batch)
         torch.manual_seed(int(np.random.SeedSequence([args.seed, self.step, self.processes.rank]).generate_state(1)[0]))
         rate = learning_rate_at(self.step, self.steps, args.learning_rate, args.warmup_iters)
         for group in self.optimizer.param_groups:
@@ -437,8 +436,7 @@ class Run:
         self.parallel.eval()
         sums = torch.zeros(2, device=self.args.device)
         for batch in self.held_out:
-            for problem, number in batch.pop("problems"):
-                self.held_out.dataset.problems.add(problem, number)
+            self.held_out.dataset.problems.take(batch)
             answers = (batch["labels"][:, 1:] != -100).sum()
             sums += torch.stack([self.loss(batch, 1), answers.to(self.args.device)])
         loss, answers = self.processes.sum(sums).tolist()

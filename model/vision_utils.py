@@ -265,7 +265,7 @@ class FeatureCache:
         """Runs CLIP once over that many pictures. `loader` yields, in the order of the cache's rows, uint8 pixels
         (N, 3, S, S) and a list of N problems, None for a good picture."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.file.with_suffix(f".{os.getpid()}.tmp")
+        partial = self.file.with_suffix(".tmp")
         shape = (pictures, encoder.image_tokens, encoder.vision_width)
         done, bad = 0, {}
         try:

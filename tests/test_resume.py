@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, heed_interrupts
+from conftest import ROOT, heed_interrupts, run_python
 from test_scripts import PRETRAIN, Place, save_llm
 
 from model.checkpoint import read_notes, read_weights
@@ -120,6 +120,16 @@ def test_a_signal_stops_after_the_step_and_saves(place, undisturbed, number):
     assert 4 <= stopped < 18 and f"64_vlm_pretrain.pth after step {stopped}" in text
     assert f"resuming after step {stopped} of 18" in run_whole(place, "--resume")
     assert (losses(place), digest(place)) == undisturbed
+
+
+def test_a_second_interrupt_ends_at_once():
+    code, _, err = run_python(
+        "-c",
+        "import os, signal, time; from model.running import Stop; Stop(quiet=False)\n"
+        "for _ in range(2):\n    os.kill(os.getpid(), signal.SIGINT); time.sleep(1.2)\n"
+        "print('still here')",
+    )
+    assert code == 130 and "stopping after this step (Ctrl-C again: at once)" in err
 
 
 def test_kill_9_at_any_moment(place, undisturbed):
@@ -266,6 +276,13 @@ def test_a_full_disk_is_told_and_costs_nothing_that_was_saved(place):
     assert "the last weights could not be saved: make room in" in text
     assert {file.name: file.read_bytes() for file in place.out.glob("64_vlm*.pth")} == before
     assert not list(place.out.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("out", ["/proc/minimind", "/sys/kernel"])
+def test_where_nothing_can_be_written_it_is_said_before_any_work(place, out):
+    code, text = finish(begin(place, "--from_weights", place.out / "64_llm.pth", "--out_dir", out))
+    assert code == 1 and "Traceback" not in text and "step 1/" not in text
+    assert out in text and "could not be" in text and "name another --out_dir" in text
 
 
 def test_held_out_samples_are_measured_and_not_trained_on(place):

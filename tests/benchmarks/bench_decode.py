@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from real_size import make_files  # puts the repository on the path
+from made_up import make_files  # puts the repository on the path
 from torch import nn
 
 from model.chat import Chat

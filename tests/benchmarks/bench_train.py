@@ -1,0 +1,213 @@
+"""How fast a stage trains at a published size, where a step's time goes, and what share of the machine it uses.
+
+    python tests/benchmarks/bench_train.py                                   # 512+8, captions, on the GPU if there is one
+    python tests/benchmarks/bench_train.py --baseline                        # and the same work in the original's manner
+    python tests/benchmarks/bench_train.py --cache_features --stage sft --dim 768 --n_layers 16
+
+In a temporary folder it makes a random ViT-B/32, JPEGs of 128x128 and records of as many tokens as the real ones, then lets
+`trainer.Run` itself make steps on them, from the files on disk to the optimizer. The last line is JSON.
+
+FLOPs a sample, counted without padding and recomputation: the language model's and projector's matrices 2 forward and 4
+backward per weight and token, with the output matrix for answers only; attention 4 x D per layer, token and token it sees, and
+twice that backward; CLIP forward only. The roof is a product of 4,096 x 4,096 matrices in the same precision.
+
+--baseline does what the original did: every sample padded to 512 tokens; one float32 CLIP forward a picture, with pooling and
+with the text tower loaded; the placeholder sought by comparing every window of 50 tokens, twice; the loss computed twice over
+all positions; AdamW not fused. The language model itself is the same, so that what the baseline lacks is only that.
+"""
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from made_up import device_name, make_files, roofs, synchronize  # puts the repository on the path
+from transformers import CLIPConfig, CLIPModel
+
+from model.arguments import add_training_arguments, pick_dtype
+from model.running import Processes, Stop
+from model.trainer import Run, grouped, open_cache, prepare
+from model.vision_utils import normalise, read_pixels
+
+
+class Laps:
+    """Adds up the seconds of calls, by name."""
+
+    def __init__(self, device):
+        self.device, self.seconds = device, {}
+
+    def wrap(self, name, call):
+        def timed(*args, **kwargs):
+            synchronize(self.device)
+            begun = time.perf_counter()
+            result = call(*args, **kwargs)
+            synchronize(self.device)
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
+            return result
+
+        return timed
+
+
+def flops(config, encoder, lengths, answers, cached):
+    """FLOPs of training on samples of these lengths, with as many answer tokens, one picture each."""
+    kv = config.n_kv_heads * config.head_dim
+    layer = config.dim * (2 * config.dim + 2 * kv) + 3 * config.dim * config.hidden_dim
+    tokens, pairs = lengths.sum(), (lengths.astype(float) ** 2).sum() / 2  # each token sees half of them on average
+    lm = 6 * layer * config.n_layers * tokens + 12 * config.dim * config.n_layers * pairs
+    lm += 6 * config.dim * config.vocab_size * answers
+    projector = 4 * config.dim * config.vision_width * config.image_tokens * len(lengths)  # no gradient to its input
+    clip = encoder.model.config
+    weights = 4 * clip.hidden_size**2 + 2 * clip.hidden_size * clip.intermediate_size
+    picture = (
+        clip.num_hidden_layers * encoder.image_tokens * (2 * weights + 4 * clip.hidden_size * encoder.image_tokens)
+    )
+    picture += 2 * encoder.image_tokens * clip.hidden_size * 3 * clip.patch_size**2
+    return lm + projector, 0 if cached else picture * len(lengths)
+
+
+def ours(args, run, laps):
+    """Seconds of `args.steps` steps of the trainer, and which samples they took."""
+    run.encoder = laps.wrap("clip", run.encoder)
+    run.model.forward = laps.wrap("forward", run.model.forward)
+    run.update = laps.wrap("optimizer", run.update)
+    next_step, stop = laps.wrap("data", next), Stop(quiet=True)
+    order = [i for batch in run.sampler for i in batch]
+    steps = grouped(iter(run.loader), run.sampler.parts)
+    run.parallel.train()
+    for _ in range(args.warm_up):
+        run.advance(next_step(steps), stop)
+    laps.seconds.clear()
+    synchronize(args.device)
+    begun = time.perf_counter()
+    for _ in range(args.steps):
+        run.advance(next_step(steps), stop)
+    synchronize(args.device)
+    seconds = time.perf_counter() - begun
+    stop.end()
+    return seconds, order[args.warm_up * args.batch_size : (args.warm_up + args.steps) * args.batch_size]
+
+
+def original(args, model, encoder, dataset, samples):
+    """Seconds of the same samples in the original's manner."""
+    config, device = model.config, args.device
+    clip = CLIPModel(CLIPConfig()).eval().requires_grad_(False).to(device)
+    seen = {}
+    clip.vision_model.encoder.register_forward_hook(lambda *call: seen.update(features=call[2].last_hidden_state))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, foreach=False)
+    image, width = torch.tensor(config.image_ids, device=device), config.image_tokens
+    dtype = pick_dtype(args.dtype, device)
+
+    def step(numbers):
+        input_ids = torch.zeros(len(numbers), 512, dtype=torch.long)
+        labels = torch.full((len(numbers), 512), -100)
+        pictures = []
+        for row, number in enumerate(numbers):
+            item = dataset[number]
+            input_ids[row, : len(item["input_ids"])] = torch.from_numpy(item["input_ids"])
+            labels[row, : len(item["labels"])] = torch.from_numpy(item["labels"])
+            path = dataset.image_path(dataset.rows[number][0])
+            pictures.append(normalise(read_pixels(path, encoder.image_size)[None]))
+        input_ids, labels = input_ids.to(device), labels.to(device)
+        features = []
+        with torch.no_grad():
+            for picture in pictures:
+                clip.get_image_features(pixel_values=picture.to(device))
+                features.append(seen["features"])
+        for _ in range(2):
+            for row in input_ids:
+                for begin in range(len(row) - width + 1):
+                    torch.equal(row[begin : begin + width], image)
+        with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
+            model.eval()  # logits of all positions
+            logits = model(input_ids, image_features=torch.cat(features)).logits
+            for _ in range(2):
+                loss = F.cross_entropy(
+                    logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="none"
+                )
+            counted = labels[:, 1:].flatten() != -100
+            loss = (loss * counted).sum() / counted.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    batches = [samples[i : i + args.batch_size] for i in range(0, len(samples), args.batch_size)]
+    step(batches[0])
+    synchronize(device)
+    begun = time.perf_counter()
+    for batch in batches:
+        step(batch)
+    synchronize(device)
+    return time.perf_counter() - begun
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_training_arguments(parser, 4e-4, None, None)
+    parser.add_argument("--stage", choices=["pretrain", "sft"], default="pretrain", help="how long the records are")
+    parser.add_argument("--steps", type=int, default=10, help="that are measured")
+    parser.add_argument("--warm_up", type=int, default=3, help="steps before them")
+    parser.add_argument("--baseline", action="store_true", help="also do the same work in the original's manner")
+    return parser.parse_args()
+
+
+def main():
+    args = parse()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_files(folder, args.batch_size * args.accumulation_steps * (args.steps + args.warm_up + 1), args.stage)
+        args.vision_path, args.tokenizer_path = str(folder / "clip"), str(folder / "tokenizer")
+        args.data_path, args.images_path, args.out_dir = folder / "data.json", folder / "images", folder / "out"
+        processes = Processes(args.device)
+        parts = prepare(args, None, True, None, first=False)
+        model, encoder, _, dataset, _ = parts
+        (folder / "out").mkdir()
+        if args.cache_features:
+            open_cache(args, dataset, encoder, processes)
+        run = Run(args, args.stage, processes, *parts, folder / "out" / "weights.pth", [], None)
+        laps, dtype = Laps(args.device), pick_dtype(args.dtype, args.device)
+        if args.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+        seconds, samples = ours(args, run, laps)
+        lengths = dataset.lengths[samples]
+        answers = sum(int(dataset.answers[i].sum()) for i in samples)
+        batches = [lengths[i : i + args.batch_size] for i in range(0, len(samples), args.batch_size)]
+        padded = sum(len(batch) * -(-batch.max() // 8) * 8 for batch in batches)
+        lm_flops, clip_flops = flops(model.config, encoder, lengths, answers, args.cache_features)
+        product, copy = roofs(args.device, dtype)
+        peak = torch.cuda.max_memory_allocated() if args.device.startswith("cuda") else None
+        peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        result = {
+            "device": device_name(args.device),
+            "torch": torch.__version__,
+            "config": f"{args.dim}+{args.n_layers}, {dtype}, {args.stage}, batch {args.batch_size}",
+            "cached": args.cache_features,
+            "samples_per_s": round(len(samples) / seconds, 2),
+            "tokens_per_s": round(float(lengths.sum() / seconds)),
+            "tokens_per_sample": round(float(lengths.mean()), 1),
+            "padding": round(float(1 - lengths.sum() / padded), 3),
+            "peak_gb": round(peak / 1e9, 2),
+            "gflop_per_sample": {
+                "lm": round(lm_flops / len(samples) / 1e9, 2),
+                "clip": round(clip_flops / len(samples) / 1e9, 2),
+            },
+            "seconds_per_step": {name: round(value / args.steps, 4) for name, value in laps.seconds.items()},
+            "roof_tflops": round(product / 1e12, 3),
+            "copy_gb_per_s": round(copy / 1e9, 1),
+            "fraction_of_roof": round((lm_flops + clip_flops) / seconds / product, 3),
+        }
+        rest = seconds - sum(laps.seconds.values())
+        result["seconds_per_step"]["backward"] = round(rest / args.steps, 4)
+        if args.baseline:
+            slow = original(args, model, encoder, dataset, samples)
+            result["baseline_samples_per_s"] = round(len(samples) / slow, 2)
+            result["ratio"] = round(slow / seconds, 2)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
