@@ -52,7 +52,7 @@ def prepare(args, weights, allow_missing_projector, saved, first):
     Whatever is missing stops the run here, before any work.
     """
     tokenizer = load_tokenizer(args.tokenizer_path)
-    encoder = load_vision(args.vision_path, args.device, vision_dtype(args))
+    encoder = load_vision(args.vision_path, args.device, pick_dtype(args.dtype, args.device))
     config = LMConfig(
         **model_sizes(args),
         vision_width=encoder.vision_width,
@@ -81,11 +81,6 @@ def split(dataset, fraction, seed):
     order = np.random.default_rng([seed, 2**31]).permutation(len(dataset))  # no epoch has this number
     held_out = round(len(dataset) * fraction)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
-
-
-def vision_dtype(args):
-    """CLIP's own precision: half on a GPU, float32 elsewhere."""
-    return pick_dtype(args.dtype, args.device) if args.device.startswith("cuda") else torch.float32
 
 
 def learning_rate_at(step, steps, peak, warmup):
