@@ -38,7 +38,11 @@ def to_rgb(image):
 
 
 def to_pixels(image, size):
-    """A Pillow image as uint8 (3, size, size): the whole picture, squeezed to a square (bicubic, as the published code)."""
+    """A Pillow image as uint8 (3, size, size): the whole picture, squeezed to a square (bicubic, as the published code).
+
+    A JPEG that is not read yet is read at the smallest of its scales (1/2, 1/4, 1/8) that is at least twice as large.
+    """
+    image.draft(None, (2 * size, 2 * size))
     pixels = np.asarray(to_rgb(image).resize((size, size), Image.Resampling.BICUBIC))
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 

@@ -68,6 +68,15 @@ def test_transparency_is_laid_on_white():
     assert to_rgb(Image.new("RGBA", (4, 4), (255, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
 
 
+def test_a_large_jpeg_is_read_at_a_smaller_scale_and_looks_the_same(tmp_path):
+    whole = Image.effect_mandelbrot((1600, 1200), (-2, -1.2, 1, 1.2), 100).convert("RGB")
+    whole.save(tmp_path / "large.jpg", quality=95)
+    with Image.open(tmp_path / "large.jpg") as image:
+        pixels = to_pixels(image, 224)
+        assert image.size == (800, 600)  # half of it was decoded
+    assert (pixels.float() - to_pixels(whole, 224).float()).abs().mean() < 1
+
+
 def test_features_are_the_encoder_output_before_pooling(tiny_clip):
     encoder = load_vision(tiny_clip)
     assert (encoder.image_size, encoder.image_tokens, encoder.vision_width) == (64, 5, 48)
