@@ -51,8 +51,9 @@ def split_at_images(text, placeholder):
 def conversation_pieces(turns, placeholder, image_ids, bos, eos):
     """The published prompt form, `<s>user\\n...</s>\\n<s>assistant\\n...</s>\\n`, as a list of (piece, is_answer).
 
-    turns: (role, text) pairs; the rest is the config's `image_special_token`, `image_ids`, and lists of a token. A piece is text to be tokenised, or a list of ready token ids: special tokens and images
-    never come from tokenising, so that neither what stands beside them nor what a text contains can change them.
+    turns: (role, text) pairs; the rest is the config's `image_special_token`, `image_ids`, and lists of one token. A piece
+    is text to be tokenised, or a list of ready token ids: special tokens and images never come from tokenising, so that
+    neither what stands beside them nor what a text contains can change them.
     """
     pieces = []
     for role, text in turns:
@@ -308,8 +309,8 @@ class VLMDataset(Dataset):
     and of the `</s>` that ends each; all else is -100. Records that can't be used, or whose answers lie wholly beyond
     `max_seq_len`, are left out and counted in `problems`, whose arguments are `strictness`; `cut_off` counts those that lose
     only their end. A record whose picture turns out to be bad when it is read is replaced by the next good one, so that
-    batches keep their size and resumed runs their place; items tell of it in `problems`. With `features` set (a FeatureCache over `image_paths`), items carry
-    `image_features` (n, P, V) instead of pixels and no picture is opened.
+    batches keep their size and resumed runs their place; items tell of it in `problems`. With `features` set (a
+    FeatureCache over `image_paths`), items carry `image_features` (n, P, V) instead of pixels and no picture is opened.
     """
 
     def __init__(self, data_path, images_path, tokenizer, config, max_seq_len, image_size, **strictness):
@@ -338,10 +339,8 @@ class VLMDataset(Dataset):
         self.numbers = torch.tensor(numbers)
         self.coco_prefix = ""
         if row_of and not self.image_path(0).exists():
-            coco = (
-                self.images_path / f"COCO_train2014_{next(iter(row_of))}"
-            )  # so COCO names what records name without it
-            self.coco_prefix = "COCO_train2014_" if coco.exists() else ""
+            prefix = "COCO_train2014_"  # COCO's files carry it; the records name them without
+            self.coco_prefix = prefix if (self.images_path / f"{prefix}{next(iter(row_of))}").exists() else ""
 
     def read(self, data_path, tokenizer, config, max_seq_len):
         """Yields (number, token ids, is_answer flags, image names) of each record that can be used."""
@@ -366,7 +365,9 @@ class VLMDataset(Dataset):
                 else:
                     long = f"{data_path}, record {number}: its answers lie beyond --max_seq_len {max_seq_len}"
                     self.problems.add(BadRecord("answer beyond --max_seq_len", long), number)
-            self.problems.total = block[-1][0] + 1
+        if self.cut_off and self.problems.tell:
+            self.problems.tell(f"{self.cut_off} records lose the end of an answer at --max_seq_len {max_seq_len}")
+        self.problems.total = number + 1
         self.problems.check()
 
     @property

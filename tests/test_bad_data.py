@@ -168,6 +168,14 @@ def test_wrong_records_are_left_out_and_counted(tmp_path, tokenizer, name):
         load(tmp_path, [good, wrong, wrong, good], tokenizer, strict=False, most=0.4)
 
 
+def test_the_fraction_is_of_the_whole_file(tmp_path, tokenizer):
+    """A night's data may have all its bad records in one place."""
+    records = [{"image": "a.png", "conversations": talk("<image>", "x")}] * 9000
+    records[5000:5400] = [5] * 400
+    dataset = load(tmp_path, records, tokenizer, strict=False, most=0.05)
+    assert dataset.problems.count == 400 and dataset.problems.total == 9000
+
+
 @pytest.mark.parametrize(
     "content, says",
     [
