@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from model.LMConfig import BadInput, BadRecord, LMConfig
+from model.model import positions_before_labels
 from model.vision_utils import read_pixels
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
@@ -437,6 +438,7 @@ def collate_pictures(items):
 def collate(items):
     """Items -> `input_ids`, `labels` (B, T), T the longest rounded up to 8; pictures of all samples in one flat list.
 
+    `label_positions` (L,) are the places before labels that count, for `MiniMindLM`.
     `problems` lists the records that could not be used, each with its number in the file.
     """
     length = -(-max(len(item["input_ids"]) for item in items) // 8) * 8
@@ -448,6 +450,7 @@ def collate(items):
     for row, item in enumerate(items):
         for name in ("input_ids", "labels"):
             batch[name][row, : len(item[name])] = torch.from_numpy(item[name])
+    batch["label_positions"] = positions_before_labels(batch["labels"])
     if "image_features" in items[0]:
         batch["image_features"] = torch.cat([item["image_features"] for item in items])  # (N, P, V)
     else:

@@ -355,7 +355,7 @@ class Run:
         rate = learning_rate_at(self.step, self.steps, args.learning_rate, args.warmup_iters)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        answers = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        answers = sum(len(batch["label_positions"]) for batch in batches)
         agreed = self.processes.sum(torch.tensor([answers, float(stop.signal is not None)], dtype=torch.float64))
         answers, stopping = agreed.tolist()
         total = torch.zeros((), device=args.device)
@@ -401,7 +401,11 @@ class Run:
         model = self.parallel if self.parallel.training else self.model  # only gradients are to be exchanged
         with torch.autocast(device.split(":")[0], self.dtype, enabled=self.dtype != torch.float32):
             return model(
-                batch["input_ids"], image_features=features, labels=batch["labels"], num_items_in_batch=answers
+                batch["input_ids"],
+                image_features=features,
+                labels=batch["labels"],
+                label_positions=batch["label_positions"],
+                num_items_in_batch=answers,
             ).loss
 
     def figures(self, seconds):
@@ -432,8 +436,8 @@ class Run:
         sums = torch.zeros(2, device=self.args.device)
         for batch in self.held_out:
             self.held_out.dataset.problems.take(batch)
-            answers = (batch["labels"][:, 1:] != -100).sum()
-            sums += torch.stack([self.loss(batch, 1), answers.to(self.args.device)])
+            sums[0] += self.loss(batch, 1)
+            sums[1] += len(batch["label_positions"])
         loss, answers = self.processes.sum(sums).tolist()
         self.parallel.train()
         return loss / answers

@@ -92,6 +92,22 @@ def test_loss_of_a_batch_is_the_sum_of_its_parts(use_moe):
     )  # padding is nothing
 
 
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_experts_all_at_once_and_one_by_one_are_the_same(tokens):
+    """Values and gradients; with one token, two of the four experts have nothing to do."""
+    torch.manual_seed(0)
+    layer = MiniMindLM(LMConfig(**TINY, use_moe=True)).layers[0].feed_forward
+    x = torch.randn(1, tokens, 64)
+    found = []
+    for training in (True, False):
+        y, _, _ = layer.train(training)(x.requires_grad_())
+        names, tensors = zip(*layer.named_parameters(), strict=True)
+        grads = torch.autograd.grad(y.square().sum(), (x, *tensors), allow_unused=True)
+        found.append([y, *(torch.zeros(1) if grad is None else grad for grad in grads)])
+    for name, one, other in zip(("y", "x", *names), *found, strict=True):
+        torch.testing.assert_close(one, other.expand_as(one), msg=lambda text, name=name: f"{name}: {text}")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_experts_learn_and_are_balanced(dtype):
     torch.manual_seed(0)

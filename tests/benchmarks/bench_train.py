@@ -55,7 +55,8 @@ class Laps:
 def flops(config, encoder, lengths, answers, cached):
     """FLOPs of training on samples of these lengths, with as many answer tokens, one picture each."""
     kv = config.n_kv_heads * config.head_dim
-    layer = config.dim * (2 * config.dim + 2 * kv) + 3 * config.dim * config.hidden_dim
+    experts = config.num_experts_per_tok + config.n_shared_experts if config.use_moe else 1  # that a token passes
+    layer = config.dim * (2 * config.dim + 2 * kv) + experts * 3 * config.dim * config.hidden_dim
     tokens, pairs = lengths.sum(), (lengths.astype(float) ** 2).sum() / 2  # each token sees half of them on average
     lm = 6 * layer * config.n_layers * tokens + 12 * config.dim * config.n_layers * pairs
     lm += 6 * config.dim * config.vocab_size * answers
