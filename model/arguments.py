@@ -74,6 +74,11 @@ def add_training_arguments(parser, learning_rate, data_path, images_path):
     parser.add_argument("--seed", type=int, default=1337, help="of random weights and of the order of samples")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch_size", type=int, default=16, help="samples per step and process (default %(default)s)")
+    parser.add_argument(
+        "--batch_tokens",
+        type=int,
+        help="instead: as many samples of like length as this many tokens hold, padding included",
+    )
     parser.add_argument("--learning_rate", type=float, default=learning_rate, help="its peak (default %(default)s)")
     parser.add_argument("--accumulation_steps", type=int, default=1, help="batches per optimizer step")
     parser.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm")

@@ -32,6 +32,7 @@ from model.dataset import (
     LengthBatches,
     Pictures,
     SortedBatches,
+    TokenBatches,
     VLMDataset,
     collate,
     collate_pictures,
@@ -142,8 +143,8 @@ def train(args, stage, weights, weights_file, allow_missing_projector=False):
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         raise BadInput(
-            f"out of memory ({missed(error)}): lower --batch_size, and raise --accumulation_steps as much to train on the "
-            "same batches; or lower --max_seq_len"
+            f"out of memory ({missed(error)}): lower --batch_size (or --batch_tokens), and raise --accumulation_steps as much "
+            "to train on the same batches; or lower --max_seq_len"
         ) from None
     finally:
         processes.close()
@@ -180,13 +181,17 @@ class Run:
         self.model, self.encoder, self.tokenizer = model, encoder, tokenizer
         self.weights_file, self.history = weights_file, history
         training, kept = split(dataset, args.val_fraction, args.seed)
-        place = (args.batch_size, processes.rank, processes.world)
-        self.sampler = LengthBatches(training, dataset.lengths, self.samples_per_step(saved), *place, args.seed)
+        place = (processes.rank, processes.world)
+        size = self.step_size(saved)
+        if args.batch_tokens:
+            self.sampler = TokenBatches(training, dataset.lengths, args.batch_tokens, size, *place, args.seed)
+        else:
+            self.sampler = LengthBatches(training, dataset.lengths, size, args.batch_size, *place, args.seed)
         self.loader = self.load(dataset, self.sampler)
         if held_out:
             kept = np.arange(len(held_out))
         held_out = held_out or dataset
-        self.held_out = self.load(held_out, SortedBatches(kept, held_out.lengths, *place))
+        self.held_out = self.load(held_out, SortedBatches(kept, held_out.lengths, args.batch_size, *place))
         self.problems = dataset.problems
         self.fingerprint = zlib.crc32(dataset.ids.values.numpy(), zlib.crc32(dataset.lengths))
         self.dtype = pick_dtype(args.dtype, args.device)
@@ -216,20 +221,20 @@ class Run:
 
     # --- to continue as if nothing had happened ---
 
-    def samples_per_step(self, saved):
-        """Samples of a step over all processes; with another number of processes, still those of the run that is resumed."""
+    def step_size(self, saved):
+        """Samples of a step over all processes, or with --batch_tokens its batches; those of the run that is resumed."""
         args = self.args
         if saved and saved["divided"] == [args.batch_size, args.accumulation_steps]:
-            return saved["same"]["samples per step"]
-        return args.batch_size * args.accumulation_steps * self.processes.world
+            return saved["same"]["size of a step"]
+        return (1 if args.batch_tokens else args.batch_size) * args.accumulation_steps * self.processes.world
 
     def same(self):
         """What must not change between a run and its continuation."""
         names = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "use_moe", "epochs", "learning_rate")
-        names += ("grad_clip", "warmup_iters", "seed", "freeze_llm", "val_fraction")
+        names += ("grad_clip", "warmup_iters", "seed", "freeze_llm", "val_fraction", "batch_tokens")
         return {
             **{f"--{name}": getattr(self.args, name) for name in names},
-            "samples per step": self.sampler.size,
+            "size of a step": self.sampler.size,
             "precision": str(self.dtype),
             "checksum of the data": self.fingerprint,
             "tokenizer": tokenizer_hash(self.tokenizer),
@@ -279,7 +284,8 @@ class Run:
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             tell(f"the weights hold numbers that are not finite: {self.weights_file} is left as it was")
             return False
-        names = ("data_path", "epochs", "batch_size", "accumulation_steps", "learning_rate", "freeze_llm", "seed")
+        names = ("data_path", "epochs", "batch_size", "batch_tokens", "accumulation_steps", "learning_rate")
+        names += ("freeze_llm", "seed")
         stage = {"stage": self.stage, **{name: getattr(self.args, name) for name in names}, "steps": self.step}
         training = [*self.history, {**stage, "processes": self.processes.world}]
         notes = {"stage": self.stage, "step": self.step, "training": training}

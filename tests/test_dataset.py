@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from dataset import demo
 from model.dataset import (
     LengthBatches,
+    TokenBatches,
     VLMDataset,
     collate,
     encode,
@@ -209,6 +210,28 @@ def test_processes_share_the_same_global_batches(count):
     assert [sorted(batch) for batch in regrouped] == [sorted(batch) for batch in alone]
     if count % 2 == 0:
         assert together == [sorted(batch) for batch in alone]
+
+
+def test_batches_by_tokens_are_full_and_dealt_alike_to_any_number_of_processes():
+    lengths = np.random.default_rng(0).integers(100, 400, 5000)
+    alone = TokenBatches(np.arange(5000), lengths, 4096, 4, seed=1)
+    batches = list(alone)
+    assert len(batches) == len(alone) == 4 * alone.steps
+    padded = np.array([len(batch) * (-(-lengths[batch].max() // 8) * 8) for batch in batches])
+    assert padded.max() <= 4096 and padded.mean() > 0.92 * 4096
+    assert sum(lengths[batch].sum() for batch in batches) > 0.96 * padded.sum()
+    assert len({i for batch in batches for i in batch}) == sum(map(len, batches)) > 5000 - 4
+    ranks = [TokenBatches(np.arange(5000), lengths, 4096, 4, seed=1, rank=r, world=2) for r in (0, 1)]
+    dealt = [batch for pair in zip(*ranks, strict=True) for batch in pair]
+    assert dealt == batches and all(rank.parts == 2 for rank in ranks)
+    alone.begin(1)
+    assert list(alone) != batches and alone.steps == ranks[0].steps
+    alone.begin(0, 100)
+    assert list(alone) == batches[400:]
+    with pytest.raises(BadInput, match="longest sample has 400 tokens, over --batch_tokens 399"):
+        TokenBatches(np.arange(5000), lengths, 399, 4)
+    with pytest.raises(BadInput, match="resume with at most 4"):
+        TokenBatches(np.arange(5000), lengths, 4096, 4, rank=0, world=5)
 
 
 def test_demo_world_is_read_by_the_ordinary_dataset(world, tokenizer):

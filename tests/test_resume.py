@@ -166,7 +166,7 @@ def test_what_contradicts_is_listed(place):
     before = digest(place)
     code, text = finish(begin(place, "--resume", "--learning_rate", 1e-4, "--seed", 7, "--batch_size", 4))
     assert code == 1 and "Traceback" not in text
-    for odd in ("--learning_rate is 0.0001, was 0.001", "--seed is 7, was 1337", "samples per step is 4, was 8"):
+    for odd in ("--learning_rate is 0.0001, was 0.001", "--seed is 7, was 1337", "size of a step is 4, was 8"):
         assert odd in text
     assert digest(place) == before
     (place.out / "64_vlm_pretrain_resume.pth").write_bytes(b"x" * 100)

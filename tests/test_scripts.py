@@ -191,7 +191,7 @@ def test_experts_train_in_both_precisions(place, tokenizer):
 
 
 def test_losses_do_not_depend_on_how_a_batch_is_divided(place, tokenizer):
-    """The same global batches of 8 samples: one process, two processes of 4, four accumulation steps of 2."""
+    """The same global batches of 8 samples: one process, two processes of 4, four accumulation steps of 2; by tokens, too."""
     save_llm(place, tokenizer)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2]
     losses = {}
@@ -199,6 +199,8 @@ def test_losses_do_not_depend_on_how_a_batch_is_divided(place, tokenizer):
         ("one process", [sys.executable], []),
         ("two processes", torchrun, ["--batch_size", 4]),
         ("accumulation", [sys.executable], ["--batch_size", 2, "--accumulation_steps", 4]),
+        ("tokens", [sys.executable], ["--batch_tokens", 512, "--accumulation_steps", 2]),
+        ("tokens, two processes", torchrun, ["--batch_tokens", 512]),
     ):
         (place.out / "64_vlm_pretrain.jsonl").unlink(missing_ok=True)
         flags += ["--epochs", 4, "--learning_rate", 1e-3, *place.data("pretrain.json")]
@@ -208,6 +210,8 @@ def test_losses_do_not_depend_on_how_a_batch_is_divided(place, tokenizer):
     assert len(losses["one process"]) == 24
     assert losses["two processes"] == pytest.approx(losses["one process"], abs=1e-5)
     assert losses["accumulation"] == pytest.approx(losses["one process"], abs=1e-5)
+    assert 8 <= len(losses["tokens"]) < 24
+    assert losses["tokens, two processes"] == pytest.approx(losses["tokens"], abs=1e-5)
 
 
 def test_learning_rate_is_a_cosine_to_a_tenth():

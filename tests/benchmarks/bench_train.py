@@ -71,13 +71,13 @@ def flops(config, encoder, lengths, answers, cached):
 
 
 def ours(args, run, laps):
-    """Seconds of `args.steps` steps of the trainer, and which samples they took."""
+    """Seconds of `args.steps` steps of the trainer, and the samples of each batch they took."""
     run.encoder = laps.wrap("clip", run.encoder)
     run.model.forward = laps.wrap("forward", run.model.forward)
     run.update = laps.wrap("optimizer", run.update)
     next_step, stop = laps.wrap("data", next), Stop(quiet=True)
-    order = [i for batch in run.sampler for i in batch]
-    steps = grouped(iter(run.loader), run.sampler.parts)
+    batches, parts = list(run.sampler), run.sampler.parts
+    steps = grouped(iter(run.loader), parts)
     run.parallel.train()
     for _ in range(args.warm_up):
         run.advance(next_step(steps), stop)
@@ -89,11 +89,11 @@ def ours(args, run, laps):
     synchronize(args.device)
     seconds = time.perf_counter() - begun
     stop.end()
-    return seconds, order[args.warm_up * args.batch_size : (args.warm_up + args.steps) * args.batch_size]
+    return seconds, batches[args.warm_up * parts : (args.warm_up + args.steps) * parts]
 
 
-def original(args, model, encoder, dataset, samples):
-    """Seconds of the same samples in the original's manner."""
+def original(args, model, encoder, dataset, batches):
+    """Seconds of the same batches in the original's manner."""
     config, device = model.config, args.device
     clip = CLIPModel(CLIPConfig()).eval().requires_grad_(False).to(device)
     seen = {}
@@ -136,7 +136,6 @@ def original(args, model, encoder, dataset, samples):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    batches = [samples[i : i + args.batch_size] for i in range(0, len(samples), args.batch_size)]
     step(batches[0])
     synchronize(device)
     begun = time.perf_counter()
@@ -160,7 +159,8 @@ def main():
     args = parse()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_files(folder, args.batch_size * args.accumulation_steps * (args.steps + args.warm_up + 1), args.stage)
+        batch_size = args.batch_tokens // 80 if args.batch_tokens else args.batch_size
+        make_files(folder, batch_size * args.accumulation_steps * (args.steps + args.warm_up + 1), args.stage)
         args.vision_path, args.tokenizer_path = str(folder / "clip"), str(folder / "tokenizer")
         args.data_path, args.images_path, args.out_dir = folder / "data.json", folder / "images", folder / "out"
         processes = Processes(args.device)
@@ -173,19 +173,20 @@ def main():
         laps, dtype = Laps(args.device), pick_dtype(args.dtype, args.device)
         if args.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
-        seconds, samples = ours(args, run, laps)
+        seconds, batches = ours(args, run, laps)
+        samples = [i for batch in batches for i in batch]
         lengths = dataset.lengths[samples]
         answers = sum(int(dataset.answers[i].sum()) for i in samples)
-        batches = [lengths[i : i + args.batch_size] for i in range(0, len(samples), args.batch_size)]
-        padded = sum(len(batch) * -(-batch.max() // 8) * 8 for batch in batches)
+        padded = sum(len(batch) * -(-dataset.lengths[batch].max() // 8) * 8 for batch in batches)
         lm_flops, clip_flops = flops(model.config, encoder, lengths, answers, args.cache_features)
+        size = f"of {args.batch_tokens} tokens" if args.batch_tokens else args.batch_size
         product, copy = roofs(args.device, dtype)
         peak = torch.cuda.max_memory_allocated() if args.device.startswith("cuda") else None
         peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         result = {
             "device": device_name(args.device),
             "torch": torch.__version__,
-            "config": f"{args.dim}+{args.n_layers}, {dtype}, {args.stage}, batch {args.batch_size}",
+            "config": f"{args.dim}+{args.n_layers}, {dtype}, {args.stage}, batch {size}",
             "cached": args.cache_features,
             "samples_per_s": round(len(samples) / seconds, 2),
             "tokens_per_s": round(float(lengths.sum() / seconds)),
@@ -204,7 +205,7 @@ def main():
         rest = seconds - sum(laps.seconds.values())
         result["seconds_per_step"]["backward"] = round(rest / args.steps, 4)
         if args.baseline:
-            slow = original(args, model, encoder, dataset, samples)
+            slow = original(args, model, encoder, dataset, batches)
             result["baseline_samples_per_s"] = round(len(samples) / slow, 2)
             result["ratio"] = round(slow / seconds, 2)
     print(json.dumps(result))
