@@ -73,7 +73,7 @@ class LMConfig(PretrainedConfig):
         **kwargs,
     ):
         if dim % n_heads or n_heads % n_kv_heads:
-            raise ValueError(
+            raise BadInput(
                 f"dim {dim}, n_heads {n_heads}, n_kv_heads {n_kv_heads}: dim must be a multiple of n_heads, "
                 "and n_heads of n_kv_heads"
             )

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from model.LMConfig import BadInput, LMConfig
 from model.model_vlm import MiniMindVLM
-from model.vision_utils import VISION
+from model.vision_utils import VISION, read_object, refuse_pointer, weights_in
 
 PREFIXES = ("_orig_mod.", "module.")  # left in a file by torch.compile and by data-parallel training
 EXTRAS = ("pos_cis", ".mask")  # buffers of older files
@@ -34,7 +34,11 @@ def load_tokenizer(folder):
             f"no tokenizer in {folder}: download minimind_tokenizer into it (see README, 'Train on the real data'), "
             "name another folder with --tokenizer_path, or try --demo"
         )
-    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)  # Auto classes may run code
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)  # Auto classes may run code
+    except Exception as error:  # noqa: BLE001  the tokenizers library's own are bare Exceptions
+        why = str(error).partition("\n")[0]
+        raise BadInput(f"the tokenizer in {folder} could not be loaded ({why}): copy or download it again") from None
 
 
 def tokenizer_hash(tokenizer):
@@ -55,8 +59,7 @@ def weights_file(path):
     """The file with the tensors: the path itself, or what a transformers folder has."""
     path = Path(path)
     if path.is_dir():
-        files = [path / "model.safetensors", path / "pytorch_model.bin"]
-        path = next((file for file in files if file.exists()), files[0])
+        path = weights_in(path)
     if not path.exists():
         raise BadInput(
             f"{path} not found: run the stage that makes it or download it (see README, 'Which weights start which stage')"
@@ -71,6 +74,7 @@ def read_weights(path):
     never run. BadInput says what is wrong with the file.
     """
     path = weights_file(path)
+    refuse_pointer(path)
     try:
         if path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
@@ -95,13 +99,11 @@ def read_weights(path):
 
 def read_notes(path):
     """What comes with weights: the .json beside a .pth (config, tokenizer hash, step, ...), or the `config.json` of a
-    transformers folder under "config"; {} for a bare .pth made elsewhere."""
+    transformers folder under "config"; {} for a bare .pth made elsewhere. BadInput if they are damaged."""
     path = Path(path)
     notes = path / "config.json" if path.is_dir() else path.with_suffix(".json")
-    if not notes.exists():
-        return {}
-    content = json.loads(notes.read_text(encoding="utf-8"))
-    if not path.is_dir():
+    content = read_object(notes)
+    if not path.is_dir() or not content:
         return content
     known = inspect.signature(LMConfig.__init__).parameters.keys() - {"self", "kwargs"}
     return {**content.get("notes", {}), "config": {name: content[name] for name in content if name in known}}

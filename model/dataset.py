@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from model.LMConfig import BadInput, BadRecord, LMConfig
 from model.model import positions_before_labels
-from model.vision_utils import read_pixels
+from model.vision_utils import read_pixels, refuse_pointer
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 MOST_IN_A_ROW = 100  # bad records that are passed over for one good one
@@ -128,6 +128,7 @@ def read_records(path):
 
     BadInput if it is missing or no such list, with the number of the record that is not valid JSON.
     """
+    refuse_pointer(path)
     try:
         with open(path, encoding="utf-8-sig") as file:
             yield from parse_list(file, path)

@@ -8,10 +8,12 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import threading
 from pathlib import Path
 
 import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 from PIL import Image, ImageOps
@@ -20,6 +22,7 @@ from transformers.utils import logging as hf_logging
 
 from model.LMConfig import BadInput, BadRecord, LMConfig
 
+CLIPS = ("clip", "clip_vision_model")  # what a CLIP's config.json calls itself
 VISION = "vision_encoder."  # before the names of CLIP's tensors in a MiniMind-V folder that brings it
 # of CLIP's training pictures, channel by channel, on a scale of 0 to 1
 PIXEL_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
@@ -181,23 +184,35 @@ def quiet_transformers():
 def load_vision(folder, device="cpu", dtype=torch.float32):
     """Loads only the vision half of a CLIP folder in transformers format, or of a folder made by `model.export --with_vision`.
 
-    BadInput if it is missing or incomplete.
+    BadInput if it is missing, incomplete or no CLIP.
     """
     folder = Path(folder)
+    config, weights = read_object(folder / "config.json"), weights_in(folder)
+    refuse_pointer(weights)
     if has_vision(folder):
         return VisionEncoder(bundled_vision(folder), device, dtype)
-    if not (folder / "config.json").exists():
+    if not config:
         raise BadInput(
             f"no CLIP in {folder}: download clip-vit-base-patch32 into it (see README, 'Train on the real data'), "
             "name another folder with --vision_path, or try --demo"
         )
+    if config.get("model_type") not in CLIPS:
+        raise BadInput(
+            f"{folder} holds no CLIP, but a {config.get('model_type')}: name a CLIP's folder with --vision_path"
+        )
+    told_below = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with quiet_transformers():
             model, info = CLIPVisionModel.from_pretrained(
-                folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
+                folder, local_files_only=True, dtype=torch.float32, **told_below
             )
+    except (EOFError, pickle.UnpicklingError, safetensors.SafetensorError):
+        raise BadInput(f"{weights} is not a whole file of weights: copy or download it again") from None
     except (OSError, ValueError, RuntimeError) as error:
         raise BadInput(f"the CLIP in {folder} could not be loaded: {str(error).splitlines()[0]}") from None
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        shapes = f"{name} is {tuple(found)}, by its config.json {tuple(wanted)}"
+        raise BadInput(f"the CLIP in {folder} is of two models: {shapes}: download both files again")
     missing = [key for key in info["missing_keys"] if "position_ids" not in key]
     if missing:
         raise BadInput(f"the CLIP in {folder} lacks {len(missing)} tensors, first {missing[0]}: download it again")
@@ -206,14 +221,13 @@ def load_vision(folder, device="cpu", dtype=torch.float32):
 
 def has_vision(folder):
     """Whether a MiniMind-V folder in transformers format brings its CLIP."""
-    config = Path(folder) / "config.json"
-    content = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    content = read_object(Path(folder) / "config.json")
     return content.get("model_type") == LMConfig.model_type and "vision_config" in content
 
 
 def bundled_vision(folder):
     """The CLIP in such a folder."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vision_config"]
+    config = read_object(folder / "config.json")["vision_config"]
     model = CLIPVisionModel(CLIPVisionConfig(**config))
     try:
         state = safetensors.torch.load_file(folder / "model.safetensors")
@@ -222,6 +236,38 @@ def bundled_vision(folder):
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise BadInput(f"the CLIP in {folder} could not be loaded: {str(error).splitlines()[0]}") from None
     return model
+
+
+# --- files of models ------------------------------------------------------------------------------------------------
+
+
+def read_object(path):
+    """The object in a JSON file; {} where there is no file. BadInput if it is not whole, or something else."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # not JSON, or not UTF-8
+        content = None
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} is not a whole JSON object: copy or download it again")
+    return content
+
+
+def weights_in(folder):
+    """The file with the tensors in a transformers folder, or where it should be."""
+    files = [folder / "model.safetensors", folder / "pytorch_model.bin"]
+    return next((file for file in files if file.exists()), files[0])
+
+
+def refuse_pointer(path):
+    """BadInput if a file is the few lines that Git leaves in the place of a large one until Git LFS has fetched it.
+
+    What can't be opened is left to the loader to tell.
+    """
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if file.read(24) == b"version https://git-lfs.":
+            raise BadInput(f"{path} is a Git LFS pointer and not yet the file: run `git lfs pull` in its folder")
 
 
 # --- cached features ------------------------------------------------------------------------------------------------

@@ -189,6 +189,7 @@ def test_the_fraction_is_of_the_whole_file(tmp_path, tokenizer):
         (b'[{"a": 1}, {"a": 2}', "record 2, is not valid JSON"),
         (b'[{"a": 1}, ' + b"[" * 100000, "record 1, is not valid JSON (maximum recursion depth"),
         (b'[{"a": "\xff\xfe"}]', "is not UTF-8 text"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
     ],
 )
 def test_a_file_that_is_no_list_of_records(tmp_path, content, says):

@@ -13,7 +13,7 @@ from published import forward
 from test_model import feature, golden_model
 
 from model.chat import Chat
-from model.checkpoint import load_vlm, save_weights, tokenizer_hash
+from model.checkpoint import load_tokenizer, load_vlm, save_weights, tokenizer_hash
 from model.dataset import tokenizer_fields
 from model.LMConfig import BadInput, LMConfig
 from model.model_vlm import MiniMindVLM
@@ -162,6 +162,8 @@ def test_refusals_name_the_first_difference_and_its_cause(tmp_path, tokenizer):
     refused("is not a whole file of weights", path=broken)
     broken.write_bytes(b"")
     refused("is not a whole file of weights", path=broken)
+    broken.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 109123456\n")
+    refused("is a Git LFS pointer and not yet the file: run `git lfs pull`", path=broken)
     torch.save({"weights": [1, 2, 3]}, broken)
     refused("is not a file of weights: expected named tensors", path=broken)
     torch.save({"fc.weight": torch.zeros(3)}, broken)
@@ -175,9 +177,20 @@ def test_refusals_name_the_first_difference_and_its_cause(tmp_path, tokenizer):
         evil(broken)
         refused("holds more than tensors, and to load it would run code: refused", path=broken)
     assert not (ROOT / "ran").exists() and not os.path.exists("ran")
+    path.with_suffix(".json").write_text('{"config": {"dim"')
+    with pytest.raises(BadInput, match=r"64_vlm_sft.json is not a whole JSON object: copy or download it again"):
+        load_vlm(path, LMConfig(**tiny), Published())
     (tmp_path / "folder").mkdir()
     with pytest.raises(BadInput, match="model.safetensors not found"):
         load_vlm(tmp_path / "folder", LMConfig(**tiny), Published())
+
+
+def test_a_damaged_tokenizer_is_told(tmp_path):
+    whole = (ROOT / "model/demo/tokenizer.json").read_text(encoding="utf-8")
+    for content in (whole[:5000], "", "{}", whole.replace('"BPE"', '"XYZ"')):
+        (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
+        with pytest.raises(BadInput, match="the tokenizer in .* could not be loaded .*: copy or download it again"):
+            load_tokenizer(tmp_path)
 
 
 def test_own_files_know_their_tokenizer_and_their_clip(tmp_path, tokenizer, tiny_clip):

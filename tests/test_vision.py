@@ -1,5 +1,6 @@
 """Preprocessing, the frozen CLIP and its feature cache."""
 
+import json
 import pickle
 
 import numpy as np
@@ -120,6 +121,33 @@ def test_loads_only_the_vision_half_and_quietly(tmp_path, capfd):
     pixels = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
     own = clip.eval().vision_model(normalise(pixels)).last_hidden_state
     torch.testing.assert_close(encoder(pixels), own)
+
+
+def test_what_is_no_whole_clip_is_refused(tiny_clip):
+    """As it is found on disks: files cut off, files of two models, other models, and what Git leaves before LFS comes."""
+    weights, notes = tiny_clip / "model.safetensors", tiny_clip / "config.json"
+    config, tensors = json.loads(notes.read_text()), weights.read_bytes()
+
+    def refused(says):
+        with pytest.raises(BadInput, match=says) as caught:
+            load_vision(tiny_clip)
+        assert str(tiny_clip) in str(caught.value) and "\n" not in str(caught.value)
+
+    weights.write_bytes(tensors[:10_000])
+    refused("model.safetensors is not a whole file of weights")
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 605157884\n")
+    refused("model.safetensors is a Git LFS pointer and not yet the file: run `git lfs pull`")
+    weights.rename(tiny_clip / "pytorch_model.bin")
+    refused("pytorch_model.bin is a Git LFS pointer")
+    (tiny_clip / "pytorch_model.bin").write_bytes(b"")
+    refused("pytorch_model.bin is not a whole file of weights")
+    weights.write_bytes(tensors)
+    notes.write_text(json.dumps({**config, "hidden_size": 96}))
+    refused(r"is of two models: .*class_embedding is \(48,\), by its config.json \(96,\): download both")
+    notes.write_text(json.dumps({**config, "model_type": "bert"}))
+    refused("holds no CLIP, but a bert: name a CLIP's folder with --vision_path")
+    notes.write_text(json.dumps(config)[:50])
+    refused("config.json is not a whole JSON object")
 
 
 def test_unreadable_picture_is_named(tmp_path):
