@@ -10,14 +10,23 @@ import argparse
 from pathlib import Path
 
 from dataset import demo
-from model.arguments import DEMO_MODEL, add_switch, add_training_arguments, parse_with_demo, run_script
+from model.arguments import (
+    DATA,
+    DEMO_DATA,
+    DEMO_LLM,
+    DEMO_MODEL,
+    add_switch,
+    add_training_arguments,
+    parse_with_demo,
+    run_script,
+)
 from model.checkpoint import weights_name
 from model.trainer import train
 
 DEMO = {
     **DEMO_MODEL,
-    "from_weights": "model/demo/192_llm.pth",
-    "data_path": "dataset/demo_world/pretrain.json",
+    **DEMO_DATA["pretrain"],
+    "from_weights": DEMO_LLM,
     "cache_features": True,
     "epochs": 4,
     "batch_size": 32,
@@ -28,7 +37,7 @@ DEMO = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_arguments(parser, 4e-4, "dataset/pretrain_vlm_data.json", "dataset/pretrain_images")
+    add_training_arguments(parser, 4e-4, **DATA["pretrain"])
     add_switch(parser, "--from_scratch", help="start from a random language model instead of a trained one")
     args = parse_with_demo(parser, DEMO)
     demo.build_if_asked_for(args.data_path)

@@ -11,30 +11,37 @@ import argparse
 from pathlib import Path
 
 from dataset import demo
-from model.arguments import DEMO_MODEL, add_switch, add_training_arguments, parse_with_demo, run_script
+from model.arguments import (
+    DATA,
+    DEMO_DATA,
+    DEMO_MODEL,
+    add_switch,
+    add_training_arguments,
+    parse_with_demo,
+    run_script,
+)
 from model.checkpoint import weights_name
 from model.trainer import train
 
 DEMO = {
     **DEMO_MODEL,
-    "data_path": "dataset/demo_world/sft.json",
+    **DEMO_DATA["sft"],
     "cache_features": True,
     "epochs": 3,
     "batch_size": 16,
     "learning_rate": 1e-3,
     "warmup_iters": 20,
 }
-MULTI = {"data_path": "dataset/sft_multi_vlm_data.json", "images_path": "dataset/sft_multi_images"}
-DEMO_MULTI = {**DEMO, "epochs": 6, "data_path": "dataset/demo_world/sft_multi.json"}
+DEMO_MULTI = {**DEMO, **DEMO_DATA["sft_multi"], "epochs": 6}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_arguments(parser, 1e-6, "dataset/sft_vlm_data.json", "dataset/sft_images")
+    add_training_arguments(parser, 1e-6, **DATA["sft"])
     add_switch(parser, "--multi", help="train on several pictures per question, from the weights of stage 2")
     given, _ = parser.parse_known_args()
     if given.multi:
-        parser.set_defaults(**MULTI)
+        parser.set_defaults(**DATA["sft_multi"])
     args = parse_with_demo(parser, DEMO_MULTI if given.multi else DEMO)
     demo.build_if_asked_for(args.data_path)
     args.wandb_run_name = args.wandb_run_name or (

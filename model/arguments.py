@@ -17,6 +17,17 @@ DEMO_MODEL = {
     "tokenizer_path": "model/demo",
     "images_path": "dataset/demo_world/images",
 }
+DEMO_LLM = "model/demo/192_llm.pth"  # what its first stage starts from
+# what each stage reads, unless told otherwise
+DATA = {
+    "pretrain": {"data_path": "dataset/pretrain_vlm_data.json", "images_path": "dataset/pretrain_images"},
+    "sft": {"data_path": "dataset/sft_vlm_data.json", "images_path": "dataset/sft_images"},
+    "sft_multi": {"data_path": "dataset/sft_multi_vlm_data.json", "images_path": "dataset/sft_multi_images"},
+}
+DEMO_DATA = {
+    stage: {"data_path": f"dataset/demo_world/{stage}.json", "images_path": DEMO_MODEL["images_path"]} for stage in DATA
+}
+MAX_BAD_FRACTION = 0.05  # of the records, which a training leaves out
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -87,7 +98,10 @@ def add_training_arguments(parser, learning_rate, data_path, images_path):
     parser.add_argument("--save_interval", type=int, default=1000, help="optimizer steps between saved weights")
     add_switch(parser, "--strict", help="end at the first record that can't be used instead of leaving it out")
     parser.add_argument(
-        "--max_bad_fraction", type=float, default=0.05, help="end if more of the records can't be used (default 0.05)"
+        "--max_bad_fraction",
+        type=float,
+        default=MAX_BAD_FRACTION,
+        help="end if more of the records can't be used (default %(default)s)",
     )
     add_switch(parser, "--resume", help="go on from where a run of the same arguments was cut off, if one was")
     parser.add_argument("--val_fraction", type=float, default=0.0, help="part of the data to hold out and measure on")

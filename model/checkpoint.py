@@ -1,4 +1,7 @@
-"""Files in and out: .pth weights, transformers folders, tokenizers. Loading is strict, saving is atomic."""
+"""Files in and out: .pth weights, transformers folders, tokenizers. Loading is strict, saving is atomic.
+
+`python -m model.checkpoint --doctor` tells what is there to train with, and what is missing (model/doctor.py).
+"""
 
 import hashlib
 import inspect
@@ -126,7 +129,10 @@ def sizes_of(state):
 
 
 def check_fits(path, state, config, tokenizer):
-    """BadInput names the first thing in which a file differs from the model that is wanted, and the likely cause."""
+    """BadInput names the first thing in which a file differs from the model that is wanted, and the likely cause.
+
+    tokenizer: None if it is not known yet.
+    """
     notes, found = read_notes(path), sizes_of(state)
     if "vision_width" in found:
         found["image_tokens"] = notes.get("config", {}).get("image_tokens", config.image_tokens)
@@ -140,7 +146,7 @@ def check_fits(path, state, config, tokenizer):
         if value != getattr(config, name):
             hint = hints.get(name, f"use --{name} {value}, or other weights")
             raise BadInput(f"{path} has {name} {value}, and {getattr(config, name)} is wanted: {hint}")
-    if notes.get("tokenizer", tokenizer_hash(tokenizer)) != tokenizer_hash(tokenizer):
+    if tokenizer is not None and notes.get("tokenizer", tokenizer_hash(tokenizer)) != tokenizer_hash(tokenizer):
         raise BadInput(
             f"{path} was trained with another tokenizer of the same size, which --tokenizer_path should name"
         )
@@ -238,3 +244,10 @@ def replace_file(path, write):
         raise cause if isinstance(cause, OSError) else error from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    from model.arguments import run_script
+    from model.doctor import main
+
+    run_script(main)

@@ -340,9 +340,8 @@ class VLMDataset(Dataset):
             column.freeze()
         self.numbers = torch.tensor(numbers)
         self.coco_prefix = ""
-        if row_of and not self.image_path(0).exists():
-            prefix = "COCO_train2014_"  # COCO's files carry it; the records name them without
-            self.coco_prefix = prefix if (self.images_path / f"{prefix}{next(iter(row_of))}").exists() else ""
+        if row_of:
+            self.coco_prefix = coco_prefix(self.images_path, next(iter(row_of)))
 
     def read(self, data_path, tokenizer, config, max_seq_len):
         """Yields (number, token ids, is_answer flags, image names) of each record that can be used."""
@@ -407,6 +406,12 @@ class VLMDataset(Dataset):
         else:
             item["pixel_values"] = [read_pixels(self.image_path(row), self.image_size) for row in rows]
         return item
+
+
+def coco_prefix(folder, name):
+    """What stands before the names of a folder's files and not in its records, which name this one."""
+    prefix = "COCO_train2014_"
+    return prefix if not (folder / name).exists() and (folder / f"{prefix}{name}").exists() else ""
 
 
 class Pictures(Dataset):

@@ -1,0 +1,315 @@
+"""What is there to train with, what is missing and where to get it, and which scripts can be run.
+
+python -m model.checkpoint --doctor                             # for 512+8
+python -m model.checkpoint --doctor --dim 768 --n_layers 16     # for what these flags would train
+python -m model.checkpoint --doctor --demo                      # for the demo
+
+Weights are read whole, and of each data set all records but only a few pictures: `python -m model.dataset --check` opens
+them all. The exit code is 0 if 1-pretrain_vlm.py can be run.
+"""
+
+import argparse
+import hashlib
+import os
+import random
+import shutil
+import sys
+from functools import partial
+from importlib import metadata
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from packaging.requirements import Requirement
+from tqdm import tqdm
+
+from model.arguments import (
+    DATA,
+    DEMO_DATA,
+    DEMO_LLM,
+    DEMO_MODEL,
+    MAX_BAD_FRACTION,
+    add_model_arguments,
+    model_sizes,
+    parse_with_demo,
+)
+from model.checkpoint import PUBLISHED_TOKENIZER, load_tokenizer, load_vlm, read_notes, tokenizer_hash, weights_name
+from model.dataset import coco_prefix, parse_record, read_records, tokenizer_fields
+from model.LMConfig import BadInput, BadRecord, LMConfig
+from model.model_vlm import MiniMindVLM
+from model.vision_utils import load_vision, read_pixels, weights_in
+
+SAMPLE = 20  # records that are looked at besides the first and the last
+PICTURE = 32  # pixels on a side, to which those that are looked at are read
+BYTES = (
+    4 + 12 + 12
+)  # on disk for each parameter: weights, resume state (with Adam's two), and the copy that replaces it
+PUBLISHED_IDS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<": 30, ">": 32}
+
+
+class Script(NamedTuple):
+    """What a script starts from, reads and makes, by the names of stages."""
+
+    weights: str
+    data: str | None = None
+    makes: str | None = None
+
+
+SCRIPTS = {
+    "1-pretrain_vlm.py": Script("llm", "pretrain", "vlm_pretrain"),
+    "2-sft_vlm.py": Script("vlm_pretrain", "sft", "vlm_sft"),
+    "2-sft_vlm.py --multi": Script("vlm_sft", "sft_multi", "vlm_sft_multi"),
+    "3-eval_chat.py": Script("vlm_sft"),
+}
+
+
+# --- single things --------------------------------------------------------------------------------------------------
+
+
+def size_and_hash(file):
+    """By which people can compare their files."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as f:
+        while chunk := f.read(2**20):
+            digest.update(chunk)
+    return f"{file.stat().st_size / 1e6:.1f} MB, sha256 {digest.hexdigest()[:12]}"
+
+
+def unlike_published(tokenizer):
+    """In what a tokenizer first differs from the published one."""
+    published = LMConfig().vocab_size
+    if len(tokenizer) != published:
+        return f"it has {len(tokenizer):,} tokens, not {published:,}"
+    for token, wanted in PUBLISHED_IDS.items():
+        found = tokenizer.convert_tokens_to_ids(token)
+        if found != wanted:
+            return f"its {token} is token {found}, not {wanted}"
+    return "it has other tokens"
+
+
+def sample_of(path):
+    """How many records a JSON file has, and by their numbers the first, the last and SAMPLE others, each time anew."""
+    records = enumerate(tqdm(read_records(path), desc=str(path), unit=" records", disable=None, leave=False))
+    kept, last = {}, next(records)
+    for following in records:
+        number = last[0]
+        slot = number if number <= SAMPLE else random.randint(1, number)  # 0 is the first record's
+        if slot <= SAMPLE:
+            kept[slot] = last
+        last = following
+    return last[0] + 1, dict([*kept.values(), last])
+
+
+def left_out(bad, looked_at):
+    """A remark on bad records among those looked at; BadRecord if they are more than a training leaves out."""
+    if not bad:
+        return ""
+    remark = f"{len(bad)} of {looked_at} records looked at can't be used, the first: {bad[0]}"
+    if len(bad) > MAX_BAD_FRACTION * looked_at:
+        raise BadRecord(bad[0].reason, remark)
+    return f"; {remark}"
+
+
+def other_packages():
+    """The packages whose versions are not those of requirements.txt."""
+    for line in (Path(__file__).parent.parent / "requirements.txt").read_text(encoding="utf-8").splitlines():
+        package = Requirement(line)
+        try:
+            version = metadata.version(package.name)
+        except metadata.PackageNotFoundError:
+            yield f"{package} is not installed"
+            continue
+        if version not in package.specifier:
+            yield f"{package.name} is {version}, not {package.specifier}"
+
+
+def device_facts(device):
+    """What a device is and has. BadInput if it can't be used."""
+    try:
+        kind = torch.zeros(1, device=device).device.type
+    except (RuntimeError, AssertionError) as error:  # the latter from a PyTorch without CUDA
+        raise BadInput(f"{str(error).splitlines()[0]}: name another --device") from None
+    if kind == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        return f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB of memory"
+    if kind == "mps":
+        return f"{torch.mps.recommended_max_memory() / 1e9:.0f} GB of memory"
+    if not hasattr(os, "sysconf"):  # Windows
+        return f"{os.cpu_count()} cores"
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return f"{os.cpu_count()} cores, {memory / 1e9:.0f} GB of memory"
+
+
+# --- one after the other --------------------------------------------------------------------------------------------
+
+
+class Doctor:
+    """Looks at one thing after the other and prints what it finds; `marks` keeps how each of them is.
+
+    config: the model that is to be trained, the published one in what a tokenizer or a CLIP that is not there leaves open.
+    """
+
+    def __init__(self, args):
+        self.args, self.marks = args, {}
+        self.config, self.tokenizer = LMConfig(**model_sizes(args)), None
+        out = Path(args.out_dir)
+        self.weights = {"llm": Path(DEMO_LLM) if args.demo else out / weights_name(args, "llm")}
+        self.makers = {script.makes: self.command(name) for name, script in SCRIPTS.items() if script.makes}
+        self.weights |= {stage: out / weights_name(args, stage) for stage in self.makers}
+
+    def command(self, script):
+        return f"{script} --demo" if self.args.demo else script
+
+    def tell(self, mark, what, place, says):
+        """Prints a finding: ok, missing or wrong; where; and what more is known, or what to do."""
+        self.marks[what] = mark
+        between = ": " if mark == "ok" else f"\n{'':9}"
+        print(f"{mark:<9}{what:<26}{place}{between}{says}", flush=True)
+
+    def look_at_file(self, what, file, get, check):
+        """A file that is there is as `check()` says, or refuses with BadInput; `get` tells how to come by it."""
+        if not file.is_file():
+            belongs = file.parent == Path(DEMO_LLM).parent
+            self.tell(
+                "missing", what, file, f"it comes with MiniMind-V: git checkout {file.parent}" if belongs else get
+            )
+            return
+        place = file
+        try:
+            place = f"{file}, {size_and_hash(file)}"
+            self.tell("ok", what, place, check())
+        except OSError as error:
+            self.tell("wrong", what, place, f"it could not be read ({error.strerror})")
+        except BadInput as problem:
+            self.tell("wrong", what, place, problem)
+
+    def check_clip(self):
+        encoder = load_vision(self.args.vision_path)
+        self.config.update({"vision_width": encoder.vision_width, "image_tokens": encoder.image_tokens})
+        size = encoder.image_size
+        return f"{encoder.image_tokens} tokens, {encoder.vision_width} wide, for a picture of {size}x{size}"
+
+    def check_tokenizer(self):
+        """The published one is right, and any with which weights here say that they were trained."""
+        self.tokenizer = load_tokenizer(self.args.tokenizer_path)
+        self.config.update(tokenizer_fields(self.tokenizer))
+        kind, count = tokenizer_hash(self.tokenizer), f"{len(self.tokenizer):,} tokens"
+        if kind == PUBLISHED_TOKENIZER:
+            return f"{count}, the published one"
+        for file in self.weights.values():
+            if read_notes(file).get("tokenizer") == kind:
+                return f"{count}, those with which {file} was trained"
+        raise BadInput(
+            f"it is not the published minimind_tokenizer ({unlike_published(self.tokenizer)}), and no weights here say "
+            "that they were trained with it: take the one of the first MiniMind-V"
+        )
+
+    def check_weights(self, stage):
+        _, loaded = load_vlm(self.weights[stage], self.config, self.tokenizer, allow_missing_projector=stage == "llm")
+        return loaded.rpartition(", ")[2]
+
+    def look_at_models(self):
+        clip, tokenizer = Path(self.args.vision_path), Path(self.args.tokenizer_path)
+        get = f"get it with: hf download openai/clip-vit-base-patch32 --local-dir {clip}"
+        self.look_at_file("CLIP", weights_in(clip), get, self.check_clip)
+        get = f"copy model/minimind_tokenizer of the first MiniMind-V into {tokenizer}"
+        self.look_at_file("tokenizer", tokenizer / "tokenizer.json", get, self.check_tokenizer)
+        for stage, file in self.weights.items():
+            get = "copy the published one there, or do without: 1-pretrain_vlm.py --from_scratch"
+            if stage in self.makers:
+                get = f"{self.makers[stage]} makes it" + ("" if self.args.demo else ", or copy the published one there")
+            self.look_at_file(file.name, file, get, partial(self.check_weights, stage))
+
+    def look_at_data(self, stage):
+        """The records and the pictures that a stage reads, a few of each."""
+        places = (DEMO_DATA if self.args.demo else DATA)[stage]
+        file, folder = Path(places["data_path"]), Path(places["images_path"])
+        get = "get the data of the first MiniMind-V, as dataset/README.md says"
+        if self.args.demo:
+            get = f"delete {file.parent}, and the scripts draw it again"
+            if not (file.parent / "world.json").exists():
+                for what, place in (("records", file), ("pictures", folder)):
+                    self.tell("ok", f"{stage} {what}", place, "will be drawn by the first script that is run")
+                return
+        names = []  # of the pictures of each record that is looked at
+        self.look_at_file(f"{stage} records", file, get, partial(self.check_records, file, names))
+        self.look_at_pictures(f"{stage} pictures", folder, names, get)
+
+    def check_records(self, file, names):
+        count, sample = sample_of(file)
+        bad = []
+        for number, record in sample.items():
+            try:
+                _, its_names = parse_record(record, f"{file}, record {number}", self.config.image_special_token)
+                names.append(its_names)
+            except BadRecord as problem:
+                bad.append(problem)
+        return f"{count:,} records{left_out(bad, len(sample))}"
+
+    def look_at_pictures(self, what, folder, names, get):
+        if not folder.is_dir():
+            self.tell("missing", what, folder, get)
+            return
+        bad, prefix = [], coco_prefix(folder, next(chain(*names), ""))
+        for its_names in names:
+            try:
+                for name in its_names:
+                    read_pixels(folder / f"{prefix}{name}", PICTURE)
+            except BadRecord as problem:
+                bad.append(problem)
+        try:
+            remark = left_out(bad, len(names))
+            self.tell("ok", what, folder, f"those of {len(names)} records looked at{remark}")
+        except BadRecord as problem:
+            mark = "missing" if problem.reason == "picture missing" else "wrong"
+            self.tell(mark, what, folder, f"{problem}; or {get}")
+
+    def look_at_machine(self):
+        other = list(other_packages())
+        says = f"{'; '.join(other)}: pip install -r requirements.txt" if other else "the versions that are wanted"
+        self.tell("wrong" if other else "ok", "packages", "requirements.txt", says)
+        try:
+            self.tell("ok", "device", self.args.device, device_facts(self.args.device))
+        except BadInput as problem:
+            self.tell("wrong", "device", self.args.device, problem)
+        folder = Path(self.args.out_dir).resolve()
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+        with torch.device("meta"):
+            wanted = BYTES * sum(parameter.numel() for parameter in MiniMindVLM(self.config).parameters())
+        says = f"{free / 1e9:.2f} GB free, a stage writes up to {wanted / 1e9:.2f}"
+        if free < wanted:
+            says += ": make room, or name another --out_dir"
+        self.tell("ok" if free >= wanted else "wrong", "disk", self.args.out_dir, says)
+
+    def ready(self, name):
+        """Prints whether a script can be run, and returns that.
+
+        Other versions of packages are no hindrance: what it imports has been imported here.
+        """
+        script = SCRIPTS[name]
+        needed = ["CLIP", "tokenizer", self.weights[script.weights].name, "device"]
+        if script.data:
+            needed += [f"{script.data} records", f"{script.data} pictures", "disk"]
+        lacking = [f"{what} {self.marks[what]}" for what in needed if self.marks[what] != "ok"]
+        print(f"not ready: {self.command(name)} ({', '.join(lacking)})" if lacking else f"ready: {self.command(name)}")
+        return not lacking
+
+    def examine(self):
+        """Everything; True if the first stage can be run."""
+        self.look_at_models()
+        for stage in DATA:
+            self.look_at_data(stage)
+        self.look_at_machine()
+        print()
+        first, *_ = [self.ready(name) for name in SCRIPTS]
+        return first
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--doctor", action="store_true", required=True, help="look, and change nothing")
+    add_model_arguments(parser)
+    sys.exit(not Doctor(parse_with_demo(parser, DEMO_MODEL)).examine())

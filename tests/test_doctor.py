@@ -1,0 +1,211 @@
+"""`python -m model.checkpoint --doctor`, as someone calls it who is about to train: files are made, spoilt, and told of."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+from conftest import ROOT, run_python, save_random_vlm
+
+from model.checkpoint import load_tokenizer
+from model.doctor import left_out, sample_of, unlike_published
+from model.LMConfig import BadRecord
+
+CLIP, TOKENIZER = "model/clip_model/clip-vit-base-patch32", "model/minimind_tokenizer"
+SIZES = ["--dim", 64, "--n_layers", 2, "--n_heads", 4, "--n_kv_heads", 2]
+WEIGHTS = [f"64_{stage}.pth" for stage in ("llm", "vlm_pretrain", "vlm_sft", "vlm_sft_multi")]
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 605157884\n"
+
+
+def doctor(folder, *flags):
+    """What it finds in a folder: exit code, {what: (mark, all that it says of it)}, and its verdicts."""
+    code, out, err = run_python("-m", "model.checkpoint", "--doctor", *flags, cwd=folder, PYTHONPATH=str(ROOT))
+    assert not err, err
+    findings, verdicts = out.split("\n\n")
+    found = {}
+    for line in findings.replace("\n" + " " * 9, "\n\t").replace("\n\t", "\t").splitlines():
+        found[line[9:35].strip()] = (line[:9].strip(), line[35:])
+    return code, found, verdicts.splitlines()
+
+
+def marks(found, mark):
+    return [what for what, (its_mark, _) in found.items() if its_mark == mark]
+
+
+@pytest.fixture
+def home(tmp_path, world, tiny_clip, tokenizer):
+    """A folder in which all that 64+2 needs lies where the scripts look for it."""
+    home = tmp_path / "home"
+    shutil.copytree(tiny_clip, home / CLIP)
+    shutil.copytree(ROOT / "model/demo", home / TOKENIZER, ignore=lambda _, names: {*names} - {"tokenizer.json"})
+    (home / "out").mkdir()
+    for name in WEIGHTS:
+        save_random_vlm(home / "out" / name, tokenizer)
+    for stage in ("pretrain", "sft", "sft_multi"):
+        folder = home / "dataset" / f"{stage}_images"
+        folder.mkdir(parents=True)
+        records = json.loads((world / f"{stage}.json").read_text(encoding="utf-8"))
+        for picture in {name for record in records for name in record["image"].split(", ")}:
+            coco = "COCO_train2014_" if stage == "sft" else ""
+            shutil.copy(world / "images" / picture, folder / f"{coco}{picture}")
+        shutil.copy(world / f"{stage}.json", home / "dataset" / f"{stage}_vlm_data.json")
+    return home
+
+
+def test_all_is_there(home):
+    code, found, verdicts = doctor(home, *SIZES, "--device", "cpu")
+    assert code == 0 and marks(found, "ok") == [*found]
+    said = {what: text for what, (_, text) in found.items()}
+    assert said["CLIP"].endswith(": 5 tokens, 48 wide, for a picture of 64x64")
+    assert said["tokenizer"].endswith(": 476 tokens, those with which out/64_llm.pth was trained")
+    content = (home / "out/64_vlm_sft.pth").read_bytes()
+    digest = hashlib.sha256(content).hexdigest()[:12]
+    assert said["64_vlm_sft.pth"] == (
+        f"out/64_vlm_sft.pth, {len(content) / 1e6:.1f} MB, sha256 {digest}: 132,160 parameters of language model and projector"
+    )
+    assert said["pretrain records"].endswith(": 48 records")
+    assert said["sft pictures"] == "dataset/sft_images: those of 22 records looked at"
+    assert said["sft_multi records"].startswith("dataset/sft_multi_vlm_data.json, ")
+    assert "cores" in said["device"] and "GB free" in said["disk"]
+    assert verdicts == [
+        "ready: 1-pretrain_vlm.py",
+        "ready: 2-sft_vlm.py",
+        "ready: 2-sft_vlm.py --multi",
+        "ready: 3-eval_chat.py",
+    ]
+
+
+def test_nothing_is_there(tmp_path):
+    code, found, verdicts = doctor(tmp_path, "--device", "cpu")
+    assert code == 1 and marks(found, "wrong") == [] and marks(found, "ok") == ["packages", "device", "disk"]
+    for what, says in {
+        "CLIP": f"hf download openai/clip-vit-base-patch32 --local-dir {CLIP}",
+        "tokenizer": f"copy model/minimind_tokenizer of the first MiniMind-V into {TOKENIZER}",
+        "512_llm.pth": "copy the published one there, or do without: 1-pretrain_vlm.py --from_scratch",
+        "512_vlm_pretrain.pth": "1-pretrain_vlm.py makes it",
+        "512_vlm_sft.pth": "2-sft_vlm.py makes it",
+        "512_vlm_sft_multi.pth": "2-sft_vlm.py --multi makes it",
+        "pretrain records": "dataset/README.md",
+        "sft pictures": "dataset/README.md",
+    }.items():
+        assert says in found[what][1]
+    assert verdicts[1] == (
+        "not ready: 2-sft_vlm.py (CLIP missing, tokenizer missing, 512_vlm_pretrain.pth missing, sft records missing, "
+        "sft pictures missing)"
+    )
+
+
+def test_the_first_stage_alone_is_ready(home):
+    """Without what only later stages need, and with as many bad records as a training leaves out."""
+    (home / "out/64_vlm_pretrain.pth").unlink()
+    shutil.rmtree(home / "dataset/sft_images")
+    for picture in (home / "dataset/sft_multi_images").iterdir():
+        picture.write_bytes(b"no picture")
+    (home / "dataset/pretrain_images/train_00000.jpg").unlink()  # of the first record, which is always looked at
+    code, found, verdicts = doctor(home, *SIZES, "--device", "cpu")
+    mark, says = found["pretrain pictures"]
+    assert (
+        code == 0 and mark == "ok" and "; 1 of 22 records looked at can't be used, the first: dataset/pretrain" in says
+    )
+    mark, says = found["sft_multi pictures"]
+    assert mark == "wrong" and "22 of 22 records" in says and "could not be read as a picture" in says
+    assert verdicts == [
+        "ready: 1-pretrain_vlm.py",
+        "not ready: 2-sft_vlm.py (64_vlm_pretrain.pth missing, sft pictures missing)",
+        "not ready: 2-sft_vlm.py --multi (sft_multi pictures wrong)",
+        "ready: 3-eval_chat.py",
+    ]
+
+
+def test_what_is_there_is_wrong(home, tokenizer):
+    (home / CLIP / "model.safetensors").write_text(POINTER)
+    save_random_vlm(home / "out/96_llm.pth", tokenizer).replace(home / "out/64_vlm_pretrain.pth")
+    for name in WEIGHTS:
+        (home / "out" / name).with_suffix(".json").unlink()  # so that nothing tells of another tokenizer
+    llm = home / "out/64_llm.pth"
+    llm.write_bytes(llm.read_bytes()[:50_000])
+    (home / "out/64_vlm_sft.pth").write_text(POINTER)
+    data = home / "dataset/pretrain_vlm_data.json"
+    data.write_bytes(data.read_bytes()[:-100])
+    (home / "dataset/sft_vlm_data.json").write_text(POINTER)
+    code, found, verdicts = doctor(home, "--n_layers", 3, *SIZES[:2], *SIZES[4:], "--device", "cuda")
+    assert code == 1
+    for what, says in {
+        "CLIP": f"{CLIP}/model.safetensors is a Git LFS pointer and not yet the file: run `git lfs pull` in its folder",
+        "tokenizer": "not the published minimind_tokenizer (it has 476 tokens, not 6,400), and no weights here say",
+        "64_llm.pth": "out/64_llm.pth is not a whole file of weights: copy or download it again",
+        "64_vlm_pretrain.pth": "has n_layers 2, and 3 is wanted: use --n_layers 2, or other weights",
+        "64_vlm_sft.pth": "out/64_vlm_sft.pth is a Git LFS pointer and not yet the file: run `git lfs pull` in its folder",
+        "pretrain records": "record 47, is not valid JSON",
+        "sft records": "is a Git LFS pointer",
+        "device": "name another --device",
+    }.items():
+        assert found[what][0] == "wrong" and says in found[what][1], found[what]
+    assert verdicts[0] == (
+        "not ready: 1-pretrain_vlm.py (CLIP wrong, tokenizer wrong, 64_llm.pth wrong, device wrong, pretrain records wrong)"
+    )
+
+
+def test_the_demo(tmp_path, world):
+    """A world that is not there will be drawn; one of which a part is gone will not be."""
+    shutil.copytree(ROOT / "model/demo", tmp_path / "model/demo", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    code, found, verdicts = doctor(tmp_path, "--demo", "--device", "cpu")
+    assert code == 0 and marks(found, "missing") == [f"192_vlm_{name}.pth" for name in ("pretrain", "sft", "sft_multi")]
+    assert found["tokenizer"][1].endswith("476 tokens, those with which model/demo/192_llm.pth was trained")
+    assert "will be drawn" in found["sft pictures"][1]
+    assert "2-sft_vlm.py --demo makes it" in found["192_vlm_sft.pth"][1]
+    assert verdicts[:2] == [
+        "ready: 1-pretrain_vlm.py --demo",
+        "not ready: 2-sft_vlm.py --demo (192_vlm_pretrain.pth missing)",
+    ]
+
+    (tmp_path / "model/demo/model.safetensors").unlink()
+    shutil.copytree(world, tmp_path / "dataset/demo_world", ignore=shutil.ignore_patterns("*.jpg"))
+    code, found, verdicts = doctor(tmp_path, "--demo", "--device", "cpu", "--dim", 98304)  # of terabytes
+    assert "it comes with MiniMind-V: git checkout model/demo" in found["CLIP"][1]
+    assert "192_llm.pth has dim 192, and 98304 is wanted: use --dim 192" in found["192_llm.pth"][1]
+    assert found["pretrain records"][0] == "ok"
+    mark, says = found["pretrain pictures"]
+    assert mark == "missing" and "or delete dataset/demo_world, and the scripts draw it again" in says
+    assert found["disk"][0] == "wrong" and "make room" in found["disk"][1]
+    assert code == 1 and verdicts[0] == (
+        "not ready: 1-pretrain_vlm.py --demo (CLIP missing, 192_llm.pth wrong, pretrain pictures missing, disk wrong)"
+    )
+
+
+def test_flags_that_fit_no_model_are_refused():
+    code, out, err = run_python("-m", "model.checkpoint", "--doctor", "--dim", 100)
+    assert (code, out) == (1, "")
+    assert (
+        err
+        == "error: dim 100, n_heads 16, n_kv_heads 8: dim must be a multiple of n_heads, and n_heads of n_kv_heads\n"
+    )
+
+
+def test_in_what_a_tokenizer_is_not_the_published_one(tmp_path):
+    tokenizer = load_tokenizer(ROOT / "model/demo")
+    assert unlike_published(tokenizer) == "it has 476 tokens, not 6,400"
+    tokenizer.add_tokens([f"word {i}" for i in range(6400 - 476)])
+    assert unlike_published(tokenizer) == "it has other tokens"
+    tokenizer.save_pretrained(tmp_path)
+    content = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
+    vocabulary = json.loads(content)
+    vocabulary["model"]["vocab"] |= {"<": 31, "=": 30}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    assert unlike_published(load_tokenizer(tmp_path)) == "its < is token 31, not 30"
+
+
+@pytest.mark.parametrize("count", [1, 2, 21, 22, 23, 500])
+def test_a_sample_has_the_first_and_the_last_record(tmp_path, count):
+    (tmp_path / "data.json").write_text(json.dumps([{"number": i} for i in range(count)]))
+    total, sample = sample_of(tmp_path / "data.json")
+    assert total == count and {0, count - 1} <= sample.keys() and len(sample) == min(count, 22)
+    assert all(record == {"number": number} for number, record in sample.items())
+
+
+def test_more_bad_records_than_a_training_leaves_out():
+    bad = BadRecord("no answer", "record 7: no turn of the assistant says anything")
+    assert left_out([], 22) == ""
+    assert left_out([bad], 22) == f"; 1 of 22 records looked at can't be used, the first: {bad}"
+    with pytest.raises(BadRecord, match="2 of 22 records"):
+        left_out([bad, bad], 22)
