@@ -42,9 +42,8 @@ from model.vision_utils import load_vision, read_pixels, weights_in
 
 SAMPLE = 20  # records that are looked at besides the first and the last
 PICTURE = 32  # pixels on a side, to which those that are looked at are read
-BYTES = (
-    4 + 12 + 12
-)  # on disk for each parameter: weights, resume state (with Adam's two), and the copy that replaces it
+# on disk for each parameter: weights, resume state (with Adam's two), and the copy that replaces it
+BYTES = 4 + 12 + 12
 PUBLISHED_IDS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<": 30, ">": 32}
 
 
