@@ -109,6 +109,7 @@ def add_training_arguments(parser, learning_rate, data_path, images_path):
     parser.add_argument("--eval_interval", type=int, default=1000, help="optimizer steps between measurements")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that read pictures ahead")
     add_switch(parser, "--cache_features", help="run CLIP once over all pictures and keep the result in out_dir")
+    add_switch(parser, "--compile", help="compile the model before training (needs a C++ compiler, on a GPU Triton)")
     add_switch(parser, "--use_wandb", help="log to Weights & Biases")
     parser.add_argument("--wandb_project", default="MiniMind-V")
     parser.add_argument(

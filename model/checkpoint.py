@@ -34,7 +34,7 @@ def load_tokenizer(folder):
     folder = Path(folder)
     if not (folder / "tokenizer.json").exists():
         raise BadInput(
-            f"no tokenizer in {folder}: download minimind_tokenizer into it (see README, 'Train on the real data'), "
+            f"no tokenizer in {folder}: download minimind_tokenizer into it (see README, 'Train it for real'), "
             "name another folder with --tokenizer_path, or try --demo"
         )
     try:

@@ -70,7 +70,8 @@ class Attention(nn.Module):
             v,
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and q.shape[2] > 1,
+            # a single new token sees everything before it
+            is_causal=mask is None and (past_key_values is None or q.shape[2] > 1),
             enable_gqa=q.shape[1] != k.shape[1],
         )  # (B, H, T, C)
         return F.dropout(self.wo(y.transpose(1, 2).flatten(2)), self.dropout, self.training)

@@ -32,22 +32,23 @@ class MiniMindVLM(MiniMindLM):
     def embed(self, input_ids, image_features=None):
         """Embeddings (B, T, D) of the tokens, with each placeholder's P positions overwritten by its projected picture.
 
-        Raises ValueError when the number of pictures differs from the number of placeholders. On a GPU the comparison
-        would make the host wait, so while training there it is left to the dataset, which has made it already.
+        Raises ValueError when the number of pictures differs from the number of placeholders. The comparison would make the
+        host wait for a GPU, and cut the graph of `--compile` in two: while training there, it is left to the dataset, which
+        has made it already.
         """
         embeddings = self.tok_embeddings(input_ids)
         if not self.training and image_features is None and input_ids.shape[1] < self.config.image_tokens:
             return embeddings  # as in every step of decoding: too short for a placeholder
         starts = find_placeholders(input_ids, self.config.image_ids)  # (B, T)
         images = 0 if image_features is None else len(image_features)
-        if not (self.training and input_ids.is_cuda) and starts.sum() != images:
+        checked = self.training and (input_ids.is_cuda or torch.compiler.is_compiling())
+        if not checked and starts.sum() != images:
             raise ValueError(f"{images} images were given, but the text has {int(starts.sum())} image placeholders")
         if not images and not self.training:
             return embeddings
-        if (
-            image_features is None
-        ):  # a batch of text alone: with no picture the projector still has a gradient, of zeros,
-            # which is what other processes, whose batches have pictures, wait for
+        if image_features is None:
+            # a batch of text alone: with no picture the projector still has a gradient, of zeros, which is what other
+            # processes, whose batches have pictures, wait for
             image_features = embeddings.new_zeros(0, self.config.image_tokens, self.config.vision_width)
         places = cover(starts, self.config.image_tokens)  # (B, T)
         projected = self.vision_proj(image_features).to(embeddings.dtype)  # (N, P, D)

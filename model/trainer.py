@@ -1,10 +1,13 @@
 """The training loop of every stage, alone or under torchrun."""
 
 import contextlib
+import importlib.util
 import json
 import math
+import os
 import pickle
 import re
+import shutil
 import signal
 import sys
 import time
@@ -75,6 +78,19 @@ def prepare(args, weights, allow_missing_projector, saved, first):
         for path in (args.data_path, args.val_path)
     )
     return model.to(args.device), encoder, tokenizer, dataset, held_out
+
+
+def compiled(model, device):
+    """A model that is compiled at its first batch, with sizes that differ from batch to batch as unknowns.
+
+    After eight compilations PyTorch lets what is still new run as it is. BadInput if the compiler is missing.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if device == "cpu" and not shutil.which(compiler):
+        raise BadInput(f"--compile needs a C++ compiler, and {compiler} was not found: install one, or leave it out")
+    if device.startswith("cuda") and not importlib.util.find_spec("triton"):
+        raise BadInput("--compile needs Triton on a GPU, and this PyTorch came without: leave it out")
+    return torch.compile(model, dynamic=True)
 
 
 def split(dataset, fraction, seed):
@@ -206,7 +222,9 @@ class Run:
         self.seen, self.skipped, self.wandb_id = 0, 0, None
         if saved:
             self.restore(saved)
-        self.parallel = DistributedDataParallel(model) if processes.world > 1 else model
+        self.parallel = compiled(model, args.device) if args.compile else model
+        if processes.world > 1:
+            self.parallel = DistributedDataParallel(self.parallel)
 
     def load(self, dataset, batches):
         return DataLoader(

@@ -193,7 +193,7 @@ def load_vision(folder, device="cpu", dtype=torch.float32):
         return VisionEncoder(bundled_vision(folder), device, dtype)
     if not config:
         raise BadInput(
-            f"no CLIP in {folder}: download clip-vit-base-patch32 into it (see README, 'Train on the real data'), "
+            f"no CLIP in {folder}: download clip-vit-base-patch32 into it (see README, 'Train it for real'), "
             "name another folder with --vision_path, or try --demo"
         )
     if config.get("model_type") not in CLIPS:

@@ -214,6 +214,23 @@ def test_losses_do_not_depend_on_how_a_batch_is_divided(place, tokenizer):
     assert losses["tokens, two processes"] == pytest.approx(losses["tokens"], abs=1e-5)
 
 
+@pytest.mark.slow
+def test_a_compiled_model_has_the_same_losses(place, tokenizer, tmp_path):
+    save_llm(place, tokenizer)
+    losses = []
+    for flags in ([], ["--compile"]):
+        (place.out / "64_vlm_pretrain.jsonl").unlink(missing_ok=True)
+        code, _, err = place.pretrain(*flags, "--epochs", 2)
+        if flags and not shutil.which("g++"):
+            assert code == 1 and "--compile needs a C++ compiler" in err
+            return
+        assert code == 0 and "recompile_limit" not in err, err
+        losses.append([line["loss"] for line in place.log("64_vlm_pretrain")])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    code, _, err = place.pretrain("--compile", CXX=str(tmp_path / "c++"))
+    assert code == 1 and "c++ was not found: install one, or leave it out" in err
+
+
 def test_learning_rate_is_a_cosine_to_a_tenth():
     assert learning_rate_at(0, 10, 1.0, 0) == 1.0 and learning_rate_at(9, 10, 1.0, 0) == pytest.approx(0.1)
     assert learning_rate_at(0, 10, 1.0, 4) < learning_rate_at(3, 10, 1.0, 4) < learning_rate_at(4, 10, 1.0, 4) == 1.0
