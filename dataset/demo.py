@@ -439,19 +439,10 @@ class World:
 
 
 def build(folder, pictures=6000, pairs=3000, clips=1500, held_out=200, turns=4, seed=0):
-    """Draws the whole world into `folder`; its last file says that it is complete, and makes a second call return at once."""
+    """Draws the whole world into `folder`, anew if there is one; its last file says that it is complete."""
     folder = Path(folder)
-    settings = {
-        "pictures": pictures,
-        "pairs": pairs,
-        "clips": clips,
-        "held_out": held_out,
-        "turns": turns,
-        "seed": seed,
-    }
     done = folder / "world.json"
-    if done.exists() and json.loads(done.read_text()) == settings:
-        return
+    done.unlink(missing_ok=True)
     world = World(folder, seed)
     print(f"drawing the demo's picture world into {folder} ...", file=sys.stderr, flush=True)
     world.captions_and_questions(pictures, turns)
@@ -463,12 +454,20 @@ def build(folder, pictures=6000, pairs=3000, clips=1500, held_out=200, turns=4, 
     clips_to_score = world.clips("heldout_clip", held_out, "heldout")
     world.write("score_clips.json", clips_to_score)
     world.write("score_clips_shuffled.json", world.shuffled(clips_to_score))
+    settings = {
+        "pictures": pictures,
+        "pairs": pairs,
+        "clips": clips,
+        "held_out": held_out,
+        "turns": turns,
+        "seed": seed,
+    }
     done.write_text(json.dumps(settings))
 
 
 def build_if_asked_for(data_path):
-    """Draws the world when a file of its own folder is about to be read."""
-    if Path(data_path).parent == FOLDER:
+    """Draws the world when a file of its own folder is about to be read, unless it, or a smaller one, is there."""
+    if Path(data_path).parent == FOLDER and not (FOLDER / "world.json").exists():
         build(FOLDER)
 
 
