@@ -1,0 +1,229 @@
+"""What the READMEs say: their commands run in order as they stand, what they name is there, both languages agree."""
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, heed_interrupts
+
+from dataset import demo
+from model.checkpoint import load_tokenizer, save_weights
+from model.dataset import tokenizer_fields
+from model.LMConfig import LMConfig
+from model.model import MiniMindLM
+from model.model_vlm import MiniMindVLM
+
+sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+from made_up import make_files
+
+READMES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md")}
+NOT_RUN = {
+    "pip install": "made before the tests run",
+    "python -m pytest tests": "this is it",
+    "hf download": "a download",
+    "git": "a download",
+    "cp -r ../minimind-v1": "out of a download",
+    "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1": "for several machines; test_resume.py runs two of them",
+    "torchrun --nnodes 2": "needs two machines; test_resume.py runs two on one",
+}
+SMALL_WORLD = "python -m dataset.demo --pictures 100 --pairs 10 --clips 10"
+# what people put there or programs make
+MADE = ("out/", "dataset/pretrain_", "dataset/sft_", "model/clip_model/clip-", "../minimind-v1", "curves.png")
+
+
+def blocks(text):
+    """The code blocks of a README, as (language, text), in order."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(block):
+    """The commands in a block of bash, without comments and without those that are not run."""
+    lines = [re.sub(r"\s+#.*", "", line).strip() for line in block.splitlines()]
+    parts = [part.strip() for line in lines for part in line.split(" && ")]
+    return [part for part in parts if part and not part.startswith(tuple(NOT_RUN))]
+
+
+def prose(text):
+    """A README without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+# --- running everything ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """The repository as Git has it, with small files of the real formats where the README puts the real ones."""
+    made, place = tmp_path_factory.mktemp("made"), tmp_path_factory.mktemp("clone")
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, files.split("\0")):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, place / name)
+    make_files(made, 16)
+    shutil.move(made / "clip", place / "model" / "clip_model" / "clip-vit-base-patch32")
+    shutil.copytree(made / "tokenizer", place / "model" / "minimind_tokenizer", dirs_exist_ok=True)
+    for stage in ("pretrain", "sft", "sft_multi"):
+        shutil.copytree(made / "images", place / "dataset" / f"{stage}_images")
+        shutil.copyfile(made / "data.json", place / "dataset" / f"{stage}_vlm_data.json")
+    tokenizer = load_tokenizer(made / "tokenizer")
+    config = LMConfig(**tokenizer_fields(tokenizer))
+    save_weights(place / "out" / "512_llm.pth", MiniMindLM(config), tokenizer)
+    save_weights(made / "512_vlm_sft.pth", MiniMindVLM(config), tokenizer)
+    run(place, f"{sys.executable} -m model.export {made}/512_vlm_sft.pth minimind-v-v1-small")
+    run(place, SMALL_WORLD)
+    return place
+
+
+def environment(place):
+    return {
+        "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+        "HOME": str(place),
+        "CUDA_VISIBLE_DEVICES": "",
+        "WANDB_MODE": "offline",
+        "PYTHONIOENCODING": "utf-8",
+    }
+
+
+def run(place, command):
+    """Runs a line of the README in the clone; returns what it printed."""
+    result = subprocess.run(
+        ["bash", "-c", command],
+        check=False,
+        cwd=place,
+        env=environment(place),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        timeout=600,
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout}"
+    return result.stdout
+
+
+class Server:
+    """A `python web_server.py` line of the README: it stays until the next one, or until the end."""
+
+    process = None
+
+    def start(self, place, command):
+        self.stop()
+        self.process = subprocess.Popen(
+            ["bash", "-c", f"exec {command}"],
+            cwd=place,
+            env=environment(place),
+            preexec_fn=heed_interrupts,  # noqa: PLW1509
+        )
+        for _ in range(120):
+            assert self.process.poll() is None, f"{command} ended"
+            try:
+                urllib.request.urlopen("http://127.0.0.1:7788/training/runs", timeout=5)
+                return
+            except OSError:
+                time.sleep(0.5)
+        pytest.fail(f"{command}: nothing at http://127.0.0.1:7788")
+
+    def stop(self):
+        if self.process:
+            self.process.terminate()
+            self.process.wait(30)
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    yield server
+    server.stop()
+
+
+@pytest.mark.slow
+def test_every_command_runs_in_order(clone, server):
+    printed = {}
+    for language, block in blocks(READMES["README.md"]):
+        if language == "python" and "QUESTIONS[" in block:  # the text says where it belongs
+            source = clone / "dataset" / "demo.py"
+            before, line, after = source.read_text(encoding="utf-8").partition("def question(scene, rng, kind):")
+            assert line
+            source.write_text(f"{before}{block}\n\n{line}{after}", encoding="utf-8")
+        elif language == "csv":
+            (clone / "names.csv").write_text(block, encoding="utf-8")
+        elif language == "python":
+            (clone / "block.py").write_text(block, encoding="utf-8")
+            assert run(clone, "python block.py").strip()
+        elif language == "bash":
+            for command in commands(block):
+                if command.startswith("python web_server.py"):
+                    server.start(clone, command)
+                else:  # the whole world takes longer to draw and to learn
+                    printed[command] = run(clone, SMALL_WORLD if command == "python -m dataset.demo" else command)
+    table = printed["python 3-eval_chat.py --demo --all"]
+    assert {*demo.QUESTIONS, "side", "all"} <= set(re.findall(r"^(\w+) +\d+ +[\d.]+% +[\d.]+%$", table, re.MULTILINE))
+    assert "ready: 3-eval_chat.py" in printed["python -m model.checkpoint --doctor"]
+    for made in ("curves.png", "out/512_vlm_sft_multi.pth", "out/back/512_vlm_sft.pth", "wandb"):
+        assert (clone / made).exists()
+
+
+# --- what they say --------------------------------------------------------------------------------------------------
+
+
+def test_both_languages_have_the_same_code_and_figures():
+    english, chinese = READMES.values()
+    assert [language for language, _ in blocks(english)] == [language for language, _ in blocks(chinese)]
+    for (language, ours), (_, theirs) in zip(blocks(english), blocks(chinese), strict=True):
+        ours, theirs = (re.sub(r"\s*#(?!SBATCH|!).*", "", block) for block in (ours, theirs))  # comments are translated
+        ours, theirs = (re.sub(r'""".*?"""', "", block) for block in (ours, theirs))
+        assert ours == theirs, language
+    ours, theirs = (re.findall(r'(?:\]\(|src=")([^)"]*\.(?:svg|png))', text) for text in READMES.values())
+    assert ours and [name.replace("_zh.svg", ".svg") for name in theirs] == ours
+    assert all(name.endswith("_zh.svg") for name in theirs if name.endswith(".svg"))
+    ours, theirs = (re.findall(r"^#+", prose(text), re.MULTILINE) for text in READMES.values())
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_what_is_named_is_there(name):
+    text = prose(READMES[name])
+    anchors = {
+        re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    }
+    links = re.findall(r'(?:\]\(|src=")([^)"]+)', text)
+    paths = re.findall(r"`((?:[\w.-]+/)+[\w.-]*|[\w-]+\.(?:py|md|txt))`", text)
+    assert len(links) > 40 and len(paths) > 20
+    for link in [*links, *paths]:
+        path, _, anchor = link.partition("#")
+        if path.startswith(("http", *MADE)) or "huggingface" in path or path.count("/") == 1 and path in REPOSITORIES:
+            continue
+        assert not path or (ROOT / path).exists(), link
+        if anchor and not path:
+            assert anchor in anchors, link
+    for names, path in re.findall(r"((?:`[\w.]+`[^`\[\]]{0,12})+)\[(?:[\w/.-]+)\]\(([\w/.-]+\.py)\)", text):
+        for one in re.findall(r"`([\w.]+)`", names):
+            if not (ROOT / one).exists():
+                assert re.search(rf"(def|class) {one.split('.')[-1]}\b", (ROOT / path).read_text(encoding="utf-8")), one
+
+
+REPOSITORIES = ("openai/clip-vit-base-patch32", "jingyaogong/minimind-v_dataset")  # on Hugging Face
+FOREIGN = {"--help", "--index-url", "--threads", "--max-restarts"}  # argparse's, pip's, gunicorn's, torchrun's
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_flags_are_known(name):
+    sources = [*ROOT.glob("*.py"), *ROOT.glob("model/*.py"), *ROOT.glob("dataset/*.py"), *ROOT.glob("tests/**/*.py")]
+    code = "\n".join(source.read_text(encoding="utf-8") for source in sources)
+    known = set(re.findall(r'"(--\w+)"', code)) | {
+        f"--{name}" for name in re.findall(r'^    "(\w+)": Setting', code, re.MULTILINE)
+    }
+    for text in re.findall(r"`([^`\n]*--[^`\n]*)`", prose(READMES[name])):
+        if not text.startswith("ruff"):
+            assert set(re.findall(r"(?<!\S)--[\w-]+", text)) <= known | FOREIGN, text
+
+
+def test_what_is_not_run_is_there_to_be_left_out():
+    lines = [line for _, block in blocks(READMES["README.md"]) for line in re.split(r"\n| && ", block)]
+    assert all(any(line.startswith(begin) for line in lines) for begin in NOT_RUN)
+    assert SMALL_WORLD in lines
