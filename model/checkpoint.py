@@ -30,7 +30,7 @@ PUBLISHED_TOKENIZER = "64ac8f6e290e6c15"  # tokenizer_hash of minimind_tokenizer
 
 
 def load_tokenizer(folder):
-    """The tokenizer in a folder. BadInput if it is missing or lacks single tokens for `<` and `>`."""
+    """The tokenizer in a folder. BadInput if it is missing or damaged, or lacks one of `<s>`, `</s>`, `<` and `>`."""
     folder = Path(folder)
     if not (folder / "tokenizer.json").exists():
         raise BadInput(
@@ -38,10 +38,17 @@ def load_tokenizer(folder):
             "name another folder with --tokenizer_path, or try --demo"
         )
     try:
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)  # Auto classes may run code
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)  # Auto classes may run code
     except Exception as error:  # noqa: BLE001  the tokenizers library's own are bare Exceptions
         why = str(error).partition("\n")[0]
         raise BadInput(f"the tokenizer in {folder} could not be loaded ({why}): copy or download it again") from None
+    if not {"<", ">"} <= tokenizer.get_vocab().keys():
+        raise BadInput(
+            f"the tokenizer in {folder} has no tokens < and >, which stand for pictures: name another folder"
+        )
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise BadInput(f"the tokenizer in {folder} has no <s> or no </s>: copy its tokenizer_config.json there too")
+    return tokenizer
 
 
 def tokenizer_hash(tokenizer):

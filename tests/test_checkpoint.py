@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -191,6 +192,20 @@ def test_a_damaged_tokenizer_is_told(tmp_path):
         (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
         with pytest.raises(BadInput, match="the tokenizer in .* could not be loaded .*: copy or download it again"):
             load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("token", ["<", ">"])
+def test_a_tokenizer_without_what_pictures_or_turns_need_is_told(tmp_path, tokenizer, token):
+    tokenizer.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    content["model"]["vocab"]["~~"] = content["model"]["vocab"].pop(token)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(BadInput, match=f"the tokenizer in {tmp_path} has no tokens < and >, which stand for pictures"):
+        load_tokenizer(tmp_path)
+    shutil.copy(ROOT / "model/demo/tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(BadInput, match=f"the tokenizer in {tmp_path} has no <s> or no </s>: copy its tokenizer_config"):
+        load_tokenizer(tmp_path)
 
 
 def test_own_files_know_their_tokenizer_and_their_clip(tmp_path, tokenizer, tiny_clip):
