@@ -70,6 +70,8 @@ def weights_file(path):
     path = Path(path)
     if path.is_dir():
         path = weights_in(path)
+    if path.suffix == ".json":
+        raise BadInput(f"{path} names several files of weights, and one is wanted: save them as one")
     if not path.exists():
         raise BadInput(
             f"{path} not found: run the stage that makes it or download it (see README, 'Which weights start which stage')"

@@ -188,7 +188,8 @@ def load_vision(folder, device="cpu", dtype=torch.float32):
     """
     folder = Path(folder)
     config, weights = read_object(folder / "config.json"), weights_in(folder)
-    refuse_pointer(weights)
+    for file in (weights, *folder.glob("*-of-*")):  # the latter are the files that an index names
+        refuse_pointer(file)
     if has_vision(folder):
         return VisionEncoder(bundled_vision(folder), device, dtype)
     if not config:
@@ -207,7 +208,8 @@ def load_vision(folder, device="cpu", dtype=torch.float32):
                 folder, local_files_only=True, dtype=torch.float32, **told_below
             )
     except (EOFError, pickle.UnpicklingError, safetensors.SafetensorError):
-        raise BadInput(f"{weights} is not a whole file of weights: copy or download it again") from None
+        odd = f"{weights} names a file that is" if weights.suffix == ".json" else f"{weights} is"
+        raise BadInput(f"{odd} not a whole file of weights: copy or download it again") from None
     except (OSError, ValueError, RuntimeError) as error:
         raise BadInput(f"the CLIP in {folder} could not be loaded: {str(error).splitlines()[0]}") from None
     for name, found, wanted in sorted(info["mismatched_keys"]):
@@ -255,8 +257,9 @@ def read_object(path):
 
 
 def weights_in(folder):
-    """The file with the tensors in a transformers folder, or where it should be."""
-    files = [folder / "model.safetensors", folder / "pytorch_model.bin"]
+    """The file with the tensors in a transformers folder, or the index of several such files, or where it should be."""
+    names = ("model.safetensors", "pytorch_model.bin")
+    files = [folder / f"{name}{index}" for name in names for index in ("", ".index.json")]
     return next((file for file in files if file.exists()), files[0])
 
 

@@ -184,6 +184,9 @@ def test_refusals_name_the_first_difference_and_its_cause(tmp_path, tokenizer):
     (tmp_path / "folder").mkdir()
     with pytest.raises(BadInput, match="model.safetensors not found"):
         load_vlm(tmp_path / "folder", LMConfig(**tiny), Published())
+    (tmp_path / "folder/model.safetensors.index.json").write_text("{}")
+    with pytest.raises(BadInput, match="index.json names several files of weights, and one is wanted"):
+        load_vlm(tmp_path / "folder", LMConfig(**tiny), Published())
 
 
 def test_a_damaged_tokenizer_is_told(tmp_path):

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 from conftest import ROOT, run_python, save_random_vlm
+from transformers import CLIPVisionModel
 
 from model.checkpoint import load_tokenizer
 from model.doctor import left_out, sample_of, unlike_published
@@ -96,7 +97,9 @@ def test_nothing_is_there(tmp_path):
 
 
 def test_the_first_stage_alone_is_ready(home):
-    """Without what only later stages need, and with as many bad records as a training leaves out."""
+    """Without what only later stages need, with a CLIP in several files and as many bad records as a training leaves out."""
+    CLIPVisionModel.from_pretrained(home / CLIP).save_pretrained(home / CLIP, max_shard_size="100KB")
+    (home / CLIP / "model.safetensors").unlink(missing_ok=True)
     (home / "out/64_vlm_pretrain.pth").unlink()
     shutil.rmtree(home / "dataset/sft_images")
     for picture in (home / "dataset/sft_multi_images").iterdir():

@@ -20,6 +20,7 @@ from model.vision_utils import (
     read_pixels,
     to_pixels,
     to_rgb,
+    weights_in,
 )
 
 
@@ -148,6 +149,26 @@ def test_what_is_no_whole_clip_is_refused(tiny_clip):
     refused("holds no CLIP, but a bert: name a CLIP's folder with --vision_path")
     notes.write_text(json.dumps(config)[:50])
     refused("config.json is not a whole JSON object")
+
+
+def test_a_clip_in_several_files(tiny_clip):
+    """As save_pretrained writes a large one: all of it is looked at, and what is wrong is told by the file's name."""
+    whole = load_vision(tiny_clip)
+    (tiny_clip / "model.safetensors").unlink()
+    whole.model.save_pretrained(tiny_clip, max_shard_size="100KB")
+    first, *others = sorted(tiny_clip.glob("model-*.safetensors"))
+    assert others and weights_in(tiny_clip) == tiny_clip / "model.safetensors.index.json"
+    pixels = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    assert torch.equal(load_vision(tiny_clip)(pixels), whole(pixels))
+    first.write_bytes(first.read_bytes()[:1000])
+    with pytest.raises(BadInput, match="model.safetensors.index.json names a file that is not a whole file of weights"):
+        load_vision(tiny_clip)
+    first.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 605157884\n")
+    with pytest.raises(BadInput, match=f"{first} is a Git LFS pointer"):
+        load_vision(tiny_clip)
+    first.unlink()
+    with pytest.raises(BadInput, match=f"the CLIP in {tiny_clip} could not be loaded: .*{first.name}"):
+        load_vision(tiny_clip)
 
 
 def test_unreadable_picture_is_named(tmp_path):
