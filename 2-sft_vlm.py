@@ -1,4 +1,4 @@
-"""Stage 2: questions and answers about one picture; with --multi, stage 3: tasks about two.
+"""Stage 2: questions and answers about one picture; with --multi, stage 3: tasks about several.
 
 python 2-sft_vlm.py --demo                     # after 1-pretrain_vlm.py --demo
 python 2-sft_vlm.py --demo --multi             # after that

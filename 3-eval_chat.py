@@ -157,7 +157,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     add_chat_arguments(parser)
-    add_switch(parser, "--multi", help="the model that was trained on two pictures at a time, and pictures for it")
+    add_switch(parser, "--multi", help="the model that was trained on several pictures at a time, and pictures for it")
     add_switch(parser, "--all", help="no talk, even in a terminal: answer every question of dataset/eval_images")
     parser.add_argument(
         "--score", nargs="+", metavar="FILE", help="answer these labelled files and count the right answers"

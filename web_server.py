@@ -267,7 +267,7 @@ def parse_arguments(flags):
     add_model_arguments(parser)
     add_chat_arguments(parser)
     add_switch(
-        parser, "--multi", help="the model that was trained on two pictures at a time, and sample pictures for it"
+        parser, "--multi", help="the model that was trained on several pictures at a time, and sample pictures for it"
     )
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default %(default)s)")
     parser.add_argument("--port", type=int, default=7788)
