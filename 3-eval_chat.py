@@ -150,7 +150,8 @@ def show_score(chat, args):
             f"\n{file}: share of exactly right answers\n{'kind':<12}{'questions':>10}{'right image':>14}{'shuffled image':>17}"
         )
         for kind, (count, own, others) in score(chat, file, args.images_path).items():
-            print(f"{kind:<12}{count:>10}{own:>14.1%}{others:>17.1%}")
+            shuffled = "-" if others is None else f"{others:.1%}"
+            print(f"{kind:<12}{count:>10}{own:>14.1%}{shuffled:>17}")
 
 
 def main():

@@ -31,7 +31,6 @@ from model.checkpoint import (
 from model.dataset import (
     as_conversation,
     encode_conversations,
-    encode_prompt,
     parse_record,
     read_records,
     tokenizer_fields,
@@ -462,16 +461,18 @@ def before(stops, pieces, found):
 def score(chat, data_path, images_path, seed=0):
     """Exact match on a labelled file: {kind: (questions, right with its own picture, right with another record's)}.
 
-    Each record's first question is asked, and its answer compared to the letter; `kind` groups records, "all" sums them up.
-    The second figure tells how far one gets by guessing from the question alone.
+    Each record's first question is asked, after its system turn if it has one, and its answer compared to the letter; `kind`
+    groups records, "all" sums them up. The last figure tells how far one gets by guessing from the question alone; None if
+    all records have the same picture.
     """
     records = read_records(data_path)
     kinds, questions, wanted, names = [], [], [], []
     for number, record in enumerate(records):
         turns, images = parse_record(record, f"{data_path}, record {number}", chat.config.image_special_token)
         kinds.append(record.get("kind", "question"))
-        questions.append(encode_prompt(chat.tokenizer, turns[0][1], chat.model.config))
-        wanted.append(turns[1][1])
+        asked = 2 if turns[0][0] == "system" else 1
+        questions.append(chat.prompt(turns[:asked])[0].tolist())
+        wanted.append(turns[asked][1])
         names.append(tuple(images))
     sets = list(dict.fromkeys(names))
     if len({len(one) for one in sets}) > 1 or not sets[0]:
@@ -494,7 +495,10 @@ def score(chat, data_path, images_path, seed=0):
             for column, value in enumerate((1, own, others)):
                 row[column] += value
     table["all"] = table.pop("all")  # last
-    return {kind: (count, own / count, others / count) for kind, (count, own, others) in table.items()}
+    alone = len(sets) == 1
+    return {
+        kind: (count, own / count, None if alone else others / count) for kind, (count, own, others) in table.items()
+    }
 
 
 def read_questions(folder):

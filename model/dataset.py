@@ -111,11 +111,6 @@ def as_conversation(text, images, config):
     return [("user", text)]
 
 
-def encode_prompt(tokenizer, question, config):
-    """Token ids of one question, ready to be answered, as a list."""
-    return encode_conversations(tokenizer, [[("user", question)]], config)[0][0].tolist()
-
-
 # --- records --------------------------------------------------------------------------------------------------------
 
 

@@ -238,3 +238,15 @@ def test_score_counts_exact_answers_per_kind(chat, world, tmp_path):
     assert table["shape"][:2] == (12, pytest.approx(11 / 12))
     assert table["all"][:2] == (24, pytest.approx(23 / 24))
     assert table["all"][2] < table["all"][1]
+
+
+def test_score_keeps_the_system_turn_and_compares_no_picture_with_itself(chat, pictures, tmp_path):
+    asked = [("system", "简短。"), ("user", "<image>\n颜色？")]
+    answer = "".join(chat.stream(asked, pictures[:1], max_new_tokens=48, **GREEDY))
+    assert answer != "".join(chat.stream(asked[1:], pictures[:1], max_new_tokens=48, **GREEDY))
+    turns = [*asked, ("assistant", answer), ("user", "形状？"), ("assistant", "圆形")]
+    conversations = [{"role": role, "content": text} for role, text in turns]
+    records = [{"image": pictures[0].name, "conversations": conversations}] * 2
+    (tmp_path / "score.json").write_text(json.dumps(records), encoding="utf-8")
+    table = score(chat, tmp_path / "score.json", pictures[0].parent)
+    assert table == {"question": (2, 1.0, None), "all": (2, 1.0, None)}
