@@ -289,10 +289,10 @@ def cache_key(vision_path, image_paths):
 
 
 class FeatureCache:
-    """fp16 features of a list of pictures in one memory-mapped file, `features.npy`, (pictures, P, V).
+    """fp16 features of a list of pictures in one memory-mapped file (pictures, P, V), named after the key of `cache_key`.
 
-    `features.json` beside it is written last, with the key of `cache_key`: a file without it is half written, one with
-    another key is stale, and both are built again. `bad` has why for each row whose picture could not be read.
+    The .json beside it is written last, with the whole key: a file without it is half written, one with another key is
+    stale, and both are built again. `bad` has why for each row whose picture could not be read.
     """
 
     def __init__(self, folder, key):
