@@ -109,14 +109,15 @@ def learning_rate_at(step, steps, peak, warmup):
 
 
 def open_cache(args, dataset, encoder, processes):
-    """Gives the dataset its feature cache, which the first process builds if need be."""
+    """Gives the dataset its feature cache, which the first process builds, or goes on building, if need be."""
     cache = FeatureCache(Path(args.out_dir) / "features", cache_key(args.vision_path, dataset.image_paths))
     if processes.first and not cache.ready():
-        pictures = Pictures(dataset)
-        loader = DataLoader(pictures, batch_size=64, collate_fn=collate_pictures, num_workers=args.num_workers)
-        with tqdm(total=len(pictures), unit="picture", desc="CLIP", disable=not sys.stderr.isatty()) as bar:
+        pictures, (done, _) = Pictures(dataset), cache.begun()
+        rows = range(done, len(pictures))
+        loader = DataLoader(pictures, 64, sampler=rows, collate_fn=collate_pictures, num_workers=args.num_workers)
+        with tqdm(total=len(pictures), initial=done, unit="picture", desc="CLIP", disable=None) as bar:
             if bar.disable:
-                print(f"running CLIP over {len(pictures)} pictures ...", file=sys.stderr, flush=True)
+                print(f"running CLIP over {len(rows)} pictures ...", file=sys.stderr, flush=True)
             cache.build(encoder, len(pictures), loader, bar.update)
     processes.wait()
     if not cache.ready():

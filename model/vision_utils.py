@@ -291,12 +291,12 @@ def cache_key(vision_path, image_paths):
 class FeatureCache:
     """fp16 features of a list of pictures in one memory-mapped file (pictures, P, V), named after the key of `cache_key`.
 
-    The .json beside it is written last, with the whole key: a file without it is half written, one with another key is
-    stale, and both are built again. `bad` has why for each row whose picture could not be read.
+    Until all rows are there it is a .tmp file. The .json beside it has the whole key, how many rows are `done`, and in
+    `bad` why for each row whose picture could not be read.
     """
 
     def __init__(self, folder, key):
-        self.file, self.note = Path(folder) / f"{key[:16]}.npy", Path(folder) / f"{key[:16]}.json"
+        self.file, self.partial, self.note = (Path(folder) / f"{key[:16]}{end}" for end in (".npy", ".tmp", ".json"))
         self.key = key
         self.array, self.bad = None, {}
 
@@ -306,35 +306,42 @@ class FeatureCache:
 
     def ready(self):
         """Opens the cache if it is whole; False if it must be built."""
-        whole = self.note.exists() and self.file.exists()
+        whole = self.note.exists() and self.file.exists() and not self.partial.exists()
         if self.array is None and whole:
-            note = json.loads(self.note.read_text(encoding="utf-8"))
+            note = read_object(self.note)
             if note.get("key") == self.key:
                 self.array = np.load(self.file, mmap_mode="r")
                 self.bad = {int(row): why for row, why in note.get("bad", {}).items()}
         return self.array is not None
 
+    def begun(self):
+        """How many rows a build that was cut off has left, and the problems among them."""
+        note = read_object(self.note) if self.partial.exists() else {}
+        return (note.get("done", 0), note["bad"]) if note.get("key") == self.key else (0, {})
+
     def build(self, encoder, pictures, loader, progress):
-        """Runs CLIP once over that many pictures. `loader` yields, in the order of the cache's rows, uint8 pixels
-        (N, 3, S, S) and a list of N problems, None for a good picture."""
+        """Runs CLIP once over that many pictures, less those that are `begun`. `loader` yields the others, in the order of
+        the cache's rows, as uint8 pixels (N, 3, S, S) and a list of N problems, None for a good picture."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.file.with_suffix(".tmp")
         shape = (pictures, encoder.image_tokens, encoder.vision_width)
-        done, bad = 0, {}
-        try:
-            array = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
-            for pixels, problems in loader:
-                features = encoder(pixels).to(device="cpu", dtype=torch.float16).numpy()
-                array[done : done + len(features)] = features
-                bad |= {done + i: problem for i, problem in enumerate(problems) if problem}
-                done += len(features)
-                progress(len(features))
-            array.flush()
-            os.replace(partial, self.file)
-        finally:
-            partial.unlink(missing_ok=True)
-        note = json.dumps({"key": self.key, "pictures": pictures, "bad": bad}, ensure_ascii=False)
-        self.note.write_text(note, encoding="utf-8")
+        done, bad = self.begun()
+        self.note_down(done, bad)
+        array = np.lib.format.open_memmap(self.partial, mode="r+" if done else "w+", dtype=np.float16, shape=shape)
+        for pixels, problems in loader:
+            features = encoder(pixels).to(device="cpu", dtype=torch.float16).numpy()
+            array[done : done + len(features)] = features
+            bad |= {done + i: problem for i, problem in enumerate(problems) if problem}
+            done += len(features)
+            progress(len(features))
+            array.flush()  # before the note says that they are there
+            self.note_down(done, bad)
+        os.replace(self.partial, self.file)
+
+    def note_down(self, done, bad):
+        """Writes the note, which is never half there."""
+        fresh = self.note.with_suffix(".new")
+        fresh.write_text(json.dumps({"key": self.key, "done": done, "bad": bad}, ensure_ascii=False), encoding="utf-8")
+        os.replace(fresh, self.note)
 
     def __getitem__(self, rows):
         """Features (len(rows), P, V) as a float16 tensor. BadRecord if a picture of them could not be read."""

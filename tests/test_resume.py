@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -257,6 +258,45 @@ def test_a_step_with_bad_numbers_is_left_out(place):
     assert lines[-1]["skipped"] == 3 and len(lines) == 18  # the picture was seen once in each of three epochs
     assert sum(np.isnan(line["loss"]) for line in lines) == 3
     assert all(tensor.isfinite().all() for tensor in read_weights(place.out / "64_vlm_pretrain.pth").values())
+
+
+def test_a_feature_cache_that_was_cut_off_goes_on_where_it_was(place, tmp_path):
+    """Killed while CLIP looks at 960 pictures: the next run opens only those that are left, with the same features."""
+    place.world = shutil.copytree(place.world, tmp_path / "world")
+    images, file = place.world / "images", place.world / "pretrain.json"
+    records = json.loads(file.read_text(encoding="utf-8"))
+    for record in list(records):
+        for copy in range(19):
+            name = f"{copy}_{record['image']}"
+            shutil.copy(images / record["image"], images / name)
+            records.append({**record, "image": name})
+    (images / records[3]["image"]).write_bytes(b"no picture")
+    file.write_text(json.dumps(records), encoding="utf-8")
+    flags = ["--cache_features", "--epochs", 1, "--batch_size", 240]
+
+    run_whole(place, *flags)
+    note, array = (next((place.out / "features").glob(f"*{end}")) for end in (".json", ".npy"))
+    whole, wrong = array.read_bytes(), json.loads(note.read_text(encoding="utf-8"))["bad"]
+    assert [*wrong] == ["3"]
+    shutil.rmtree(place.out / "features")
+
+    process, done = begin(place, *flags), 0
+    while done < 256:
+        time.sleep(0.001)
+        with contextlib.suppress(FileNotFoundError):
+            done = json.loads(note.read_text(encoding="utf-8"))["done"]
+    process.kill()
+    process.wait()
+    done = json.loads(note.read_text(encoding="utf-8"))["done"]
+    assert 256 <= done < 960 and not array.exists()
+    for record in records[:done]:  # same name, size and time, but no picture any more
+        picture = images / record["image"]
+        stamp, size = picture.stat().st_mtime_ns, picture.stat().st_size
+        picture.write_bytes(b"x" * size)
+        os.utime(picture, ns=(stamp, stamp))
+    assert f"running CLIP over {960 - done} pictures" in run_whole(place, *flags)
+    assert array.read_bytes() == whole and json.loads(note.read_text(encoding="utf-8"))["bad"] == wrong
+    assert not list((place.out / "features").glob("*.tmp")) and "running CLIP" not in run_whole(place, *flags)
 
 
 def test_bad_numbers_without_end_stop_the_run(place):

@@ -214,3 +214,6 @@ def test_half_written_file_is_not_taken_for_whole(tmp_path, tiny_clip):
     with pytest.raises(KeyboardInterrupt):
         cache.build(encoder, 2, interrupted(), lambda n: None)
     assert not FeatureCache(tmp_path / "features", cache.key).ready()
+    assert FeatureCache(tmp_path / "features", cache.key).begun() == (1, {})
+    cache.note.rename(cache.note.with_name("other.json"))
+    assert cache.begun() == (0, {})  # nothing tells how much of it is there
