@@ -130,6 +130,7 @@ def open_cache(args, dataset, encoder, processes):
 # --- the loop -------------------------------------------------------------------------------------------------------
 
 PATIENCE = 20  # steps in a row without a finite gradient
+FORMAT = 2  # of resume states: to be raised with every change of what they hold
 
 
 def train(args, stage, weights, weights_file, allow_missing_projector=False):
@@ -179,13 +180,18 @@ def state_file(weights_file):
 
 
 def read_state(path):
-    """What `Run.state` wrote; None if there is nothing. BadInput if it is no such file."""
+    """What `Run.state` wrote; None if there is nothing. BadInput if it is no such file, or another version's."""
     if not path.exists():
         return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
         raise BadInput(f"{path} is not a whole resume state: start anew without --resume") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise BadInput(
+            f"{path} was written by another version of MiniMind-V: resume with that one, or start anew without --resume"
+        )
+    return state
 
 
 class Run:
@@ -262,6 +268,7 @@ class Run:
     def state(self):
         """All that `restore` needs. Random numbers need no state of their own: each step seeds them anew."""
         return {
+            "format": FORMAT,
             "same": self.same(),
             "divided": [self.args.batch_size, self.args.accumulation_steps],
             "step": self.step,

@@ -20,7 +20,8 @@ from conftest import ROOT, heed_interrupts, run_python
 from test_scripts import PRETRAIN, Place, save_llm
 
 from model.checkpoint import read_notes, read_weights
-from model.trainer import missed
+from model.LMConfig import BadInput
+from model.trainer import missed, read_state
 
 SETTINGS = ["--log_interval", 1, "--save_interval", 3, "--epochs", 3, "--learning_rate", 1e-3]  # 18 steps of 8 samples
 TORCHRUN = ["-m", "torch.distributed.run"]
@@ -170,7 +171,16 @@ def test_what_contradicts_is_listed(place):
     for odd in ("--learning_rate is 0.0001, was 0.001", "--seed is 7, was 1337", "size of a step is 4, was 8"):
         assert odd in text
     assert digest(place) == before
-    (place.out / "64_vlm_pretrain_resume.pth").write_bytes(b"x" * 100)
+    file = place.out / "64_vlm_pretrain_resume.pth"
+    state = {name: value for name, value in torch.load(file).items() if name != "format"}
+    state["same"]["samples per step"] = state["same"].pop("size of a step")  # as it was before --batch_tokens
+    for other in (state, {**state, "format": 99}, [1]):
+        torch.save(other, file)
+        with pytest.raises(BadInput, match=f"{file} was written by another version of MiniMind-V: resume with that"):
+            read_state(file)
+    code, text = finish(begin(place, "--resume"))
+    assert code == 1 and "was written by another version" in text and "Traceback" not in text
+    file.write_bytes(b"x" * 100)
     code, text = finish(begin(place, "--resume"))
     assert code == 1 and "is not a whole resume state" in text
 
