@@ -10,13 +10,14 @@ import math
 import os
 import pickle
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.utils import logging as hf_logging
 
@@ -27,11 +28,22 @@ VISION = "vision_encoder."  # before the names of CLIP's tensors in a MiniMind-V
 # of CLIP's training pictures, channel by channel, on a scale of 0 to 1
 PIXEL_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 PIXEL_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+UPRIGHT = {  # EXIF's orientation -> what turns the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def to_rgb(image):
     """Any Pillow image as upright RGB: EXIF rotation applied, 16 bits scaled to 8, transparency laid on white."""
-    image = ImageOps.exif_transpose(image)
+    # not ImageOps.exif_transpose, which writes all of EXIF anew and fails at a tag of the wrong type
+    turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    image = image if turn is None else image.transpose(turn)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -56,12 +68,14 @@ def normalise(pixels, mean=PIXEL_MEAN, std=PIXEL_STD):
 
 
 @contextlib.contextmanager
-def opened(path):
-    """A Pillow image or a video's file, to be read; BadRecord names the file if that fails."""
+def opened(path, opener=Image.open):
+    """A Pillow image or another file, to be read; BadRecord names the file if that fails."""
     try:
-        with open(path, "rb") if Path(path).suffix.lower() in VIDEOS else Image.open(path) as file:
+        with opener(path) as file:
             yield file
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except BadInput:
+        raise
+    except Exception as error:  # noqa: BLE001  Pillow's decoders raise all sorts of things on broken files
         why = getattr(error, "strerror", None) or error
         reason = "picture missing" if isinstance(error, FileNotFoundError) else "picture unreadable"
         raise BadRecord(reason, f"{path} could not be read as a picture ({why}): replace it or leave it out") from None
@@ -90,8 +104,8 @@ def read_frames(path, size, most):
 
     Animated GIF, WebP and PNG are read by Pillow, videos by PyAV if it is there. BadInput names the file and what is wrong.
     """
-    with opened(path) as file:
-        kind = VIDEOS.get(Path(path).suffix.lower())
+    kind = VIDEOS.get(Path(path).suffix.lower())
+    with opened(path, partial(open, mode="rb") if kind else Image.open) as file:
         return video_frames(file, kind, size, most) if kind else picture_frames(file, size, most)
 
 

@@ -38,12 +38,18 @@ def bomb():
     )
 
 
-def turned(path):
-    """White with red at the left, to be turned so that the red is at the top."""
-    image, exif = Image.new("RGB", (40, 40), "white"), Image.Exif()
+def turned(path, *more):
+    """White with red at the left, and EXIF to turn it so that the red is at the top; `more` of its entries."""
+    image = Image.new("RGB", (40, 40), "white")
     image.paste(RED, (0, 0, 20, 40))
-    exif[0x0112] = 6
+    entries = [struct.pack("<HHII", 0x0112, 3, 1, 6), *more]
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(entries) + bytes(4)
     image.save(path, exif=exif, quality=95)
+
+
+def turned_oddly(path):
+    """The same, from a camera that wrote its resolution as a text."""
+    turned(path, struct.pack("<HHI4s", 0x011A, 2, 4, b"abc\0"))
 
 
 def seen_through(path):
@@ -65,6 +71,7 @@ USED = {  # how a picture is made, and what is seen in the middle of its upper a
     "deep.png": (deep, (200,) * 3, (200,) * 3),
     "alpha.png": (seen_through, RED, (255,) * 3),
     "turned.jpg": (turned, RED, (255,) * 3),
+    "turned_oddly.jpg": (turned_oddly, RED, (255,) * 3),
     "moving.gif": (
         lambda path: red("RGB").save(path, save_all=True, append_images=[Image.new("RGB", (40, 30), "blue")]),
         RED,
@@ -81,6 +88,7 @@ LEFT_OUT = {  # how a file is made, and the reason that is counted
     "text.jpg": (lambda path: path.write_text("<html>404</html>"), "picture unreadable"),
     "bomb.png": (lambda path: path.write_bytes(bomb()), "picture unreadable"),
     "folder.jpg": (lambda path: path.mkdir(), "picture unreadable"),
+    "clip.mp4": (lambda path: path.write_bytes(b"\0\0\0\x18ftypmp42"), "picture unreadable"),
 }
 WRONG = {  # record -> the reason that is counted, and what the message says
     "not an object": (5, "wrong shape", "expected an object with 'image', a text, and 'conversations'"),
