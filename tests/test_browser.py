@@ -154,12 +154,33 @@ def test_what_it_looked_at(visit, pictures):
         page.locator(".token").nth(token).hover()
         expect(page.locator(".token.shown")).to_have_count(1)
         maps.add(canvases.first.evaluate("canvas => canvas.toDataURL()"))
+    page.locator(".token").nth(2).click()
     page.keyboard.press("ArrowRight")
+    expect(page.locator(".token").nth(3)).to_have_class("token shown")
     page.locator(".heat select").select_option("2")
     maps.add(canvases.first.evaluate("canvas => canvas.toDataURL()"))
     assert len(maps) == 4  # another map for another token or layer
     page.get_by_role("button", name="Hide").click()
     expect(canvases).to_have_count(0)
+
+
+def test_an_answer_is_not_shown_with_an_earlier_one_s_attention(visit, app, pictures):
+    page = visit("en-US")
+    drop(page, pictures[0])
+    ask(page, "?")
+    expect(bubble(page)).to_have_text(LONG)
+    held = []
+    page.route("**/attention", lambda route: held.append(route))
+    page.get_by_role("button", name="What it looked at").click()
+    say(app.chat, "左上角红色")
+    page.get_by_role("button", name="Answer again").click()
+    expect(bubble(page)).to_have_text("左上角红色")
+    held[0].continue_()
+    page.unroute("**/attention")
+    page.wait_for_timeout(500)
+    expect(page.locator(".heat")).to_have_count(0)
+    page.get_by_role("button", name="What it looked at").click()
+    expect(page.locator(".heat canvas")).to_have_count(1)
 
 
 def test_clips_are_watched_and_what_was_seen_of_them_is_shown(visit, pictures, tmp_path):
@@ -215,7 +236,8 @@ def test_settings_reach_the_model(visit):
     with page.expect_request("**/completions") as request:
         ask(page, "?")
     body = request.value.post_data_json
-    assert (body["max_tokens"], body["seed"], body["temperature"], body["top_k"]) == (3, 7, 0.5, 8)
+    assert (body["max_tokens"], body["seed"]) == (3, 7)
+    assert "temperature" not in body and "top_k" not in body  # what was not changed is the server's
     expect(page.locator(".speed")).to_have_text(re.compile("^3 tokens, .* cut at the longest length$"))
 
 

@@ -110,6 +110,8 @@ def test_a_log_is_read_from_its_last_beginning(tmp_path):
     assert run["curves"]["loss"] == [[1, 6.0], [2, None], [3, 5.0]] and run["curves"]["val_loss"] == [[3, 5.5]]
     log.write_text(lines(*RUN, {"left_out": {}}))
     assert read_log(log)["minutes_left"] is None
+    log.write_text(lines(*RUN, {"step": 3, "loss": "?"}))
+    assert read_log(log)["curves"]["loss"][-1] == [3, None]
 
 
 def test_curves_of_real_runs_are_drawn(place, tmp_path):  # noqa: F811
@@ -178,9 +180,15 @@ def test_the_page_follows_a_training(watched, browser):  # noqa: F811
         expect(page.locator("#runs button")).to_have_count(2)
         page.locator("#runs button").first.click()
         expect(page.locator("#runs button").first).to_have_attribute("aria-pressed", "false")
+        with open(folder / "a.jsonl", "a") as log:  # which comes first by that
+            log.write(lines(figures(4, 4.0)))
+        expect(page.locator("#runs button").first).to_contain_text("step 4 of 9")
+        expect(page.locator("#runs button").nth(1)).to_be_focused()
         page.locator("#language").click()
         expect(page.locator("figcaption").nth(1)).to_have_text("学习率")
         page.set_viewport_size({"width": 390, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
-        page.close()
-    assert problems == []
+    expect(page.locator("#notice")).to_contain_text("和服务器的连接断了", timeout=10_000)
+    assert page.locator("#notice").bounding_box()["y"] >= 0
+    page.close()
+    assert [problem for problem in problems if "ERR_CONNECTION_REFUSED" not in problem] == []

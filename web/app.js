@@ -93,10 +93,12 @@ async function addFiles(files) {
   $("question").focus();
 }
 
+const fileName = (path) => decodeURIComponent(path.split("/").pop());
+
 async function pickSample(sample) {
   const files = await Promise.all(sample.pictures.map(async (path) => (await fetch(path)).blob()));
   const urls = await Promise.all(files.map(readFile));
-  pictures = urls.map((url, i) => ({ url, name: decodeURI(sample.pictures[i].split("/").pop()), questions: sample.questions }));
+  pictures = urls.map((url, i) => ({ url, name: fileName(sample.pictures[i]), questions: sample.questions }));
   showPictures();
   $("question").focus();
 }
@@ -133,15 +135,21 @@ function showSettings() {
   for (const value of document.querySelectorAll("#settings-panel b")) value.textContent = value.parentElement.querySelector("input").value;
 }
 
+/** The server's own settings, as near as a slider can show them. */
 function resetSettings() {
-  for (const [name, key] of Object.entries(FIELDS)) field(name).value = info.settings[key] ?? "";
+  for (const [name, key] of Object.entries(FIELDS)) {
+    const value = info.settings[key] ?? "";
+    if (Number(field(name).max) < value) field(name).max = value;
+    field(name).value = value;
+    field(name).dataset.untouched = field(name).value;
+  }
   showSettings();
 }
 
+/** Only what was changed here: all else is the server's. */
 function readSettings() {
-  const chosen = {};
-  for (const name of Object.keys(FIELDS)) if (field(name).value !== "") chosen[name] = Number(field(name).value);
-  return chosen;
+  const changed = Object.keys(FIELDS).map(field).filter(({ value, dataset }) => value !== "" && value !== dataset.untouched);
+  return Object.fromEntries(changed.map(({ name, value }) => [name, Number(value)]));
 }
 
 // --- a question and its answer ------------------------------------------------------------------------------------
@@ -297,9 +305,12 @@ class Turn {
       return;
     }
     this.lookButton.disabled = true;
+    const { pieces } = this;
     try {
-      const ids = this.pieces.flatMap((piece) => piece.ids);
-      this.shares ||= await (await post("attention", { messages: this.messages, token_ids: ids })).json();
+      const ids = pieces.flatMap((piece) => piece.ids);
+      const shares = this.shares ?? await (await post("attention", { messages: this.messages, token_ids: ids })).json();
+      if (pieces !== this.pieces) return; // answered again meanwhile
+      this.shares = shares;
     } catch (error) {
       notice(error instanceof Refusal ? error.message : t("lost"));
       this.lookButton.disabled = false;
@@ -369,11 +380,15 @@ function drawHeat(canvas, shares) {
 
 class Refusal extends Error {}
 
-async function post(path, body, signal) {
-  const response = await fetch(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal });
+/** A response that is no refusal. */
+async function ok(response) {
   if (response.ok) return response;
   const problem = await response.json().catch(() => null);
   throw new Refusal(problem?.error?.message ?? `${response.status} ${response.statusText}`);
+}
+
+async function post(path, body, signal) {
+  return ok(await fetch(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal }));
 }
 
 // --- the page -----------------------------------------------------------------------------------------------------
@@ -458,7 +473,7 @@ function listen() {
   $("settings-panel").oninput = showSettings;
   $("reset").onclick = resetSettings;
   document.addEventListener("keydown", (event) => {
-    if (event.key !== "Escape") return;
+    if (event.key !== "Escape" || event.isComposing) return;
     if (!$("settings-panel").hidden) { openSettings(false); $("settings-button").focus(); } else asking?.stopper.abort();
   });
   document.addEventListener("pointerdown", (event) => {
@@ -476,7 +491,7 @@ function showSamples() {
   }
   $("samples").replaceChildren(...[...sets.values()].map((sample) => make("li", {},
     make("button", { type: "button", onclick: () => pickSample(sample) },
-      ...sample.pictures.map((path) => make("img", { src: path, alt: decodeURI(path.split("/").pop()), loading: "lazy" }))))));
+      ...sample.pictures.map((path) => make("img", { src: path, alt: fileName(path), loading: "lazy" }))))));
 }
 
 async function begin() {
@@ -484,13 +499,11 @@ async function begin() {
   setUp(TEXTS, showLanguage);
   showAsking();
   try {
-    info = await (await fetch("info")).json();
-  } catch {
-    notice(t("lost"));
+    info = await (await ok(await fetch("info"))).json();
+  } catch (error) {
+    notice(error instanceof Refusal ? error.message : t("lost"));
     return;
   }
-  field("temperature").max = info.limits.temperature[1];
-  field("top_p").max = 1;
   resetSettings();
   showSamples();
   showLanguage();

@@ -106,7 +106,7 @@ function describe(run, colour) {
   const bar = make("progress", { max: run.steps, value: run.step });
   bar.setAttribute("aria-label", run.name);
   return make("li", {}, make("button", {
-    type: "button", className: `c${colour}`, ariaPressed: String(!hidden.has(run.name)),
+    type: "button", data: { run: run.name }, className: `c${colour}`, ariaPressed: String(!hidden.has(run.name)),
     onclick: () => { if (!hidden.delete(run.name)) hidden.add(run.name); show(); },
   }, make("b", { textContent: run.name }), make("span", { textContent: said.filter(Boolean).join(" · ") }), bar));
 }
@@ -114,9 +114,9 @@ function describe(run, colour) {
 function show() {
   const colours = new Map([...runs].sort((a, b) => a.name.localeCompare(b.name)).map((run, i) => [run.name, i % COLOURS]));
   $("empty").hidden = runs.length > 0;
-  const focused = [...$("runs").querySelectorAll("button")].indexOf(document.activeElement);
+  const focused = document.activeElement.dataset.run;
   $("runs").replaceChildren(...runs.map((run) => describe(run, colours.get(run.name))));
-  if (focused >= 0) $("runs").querySelectorAll("button")[focused]?.focus();
+  if (focused) $("runs").querySelector(`[data-run="${CSS.escape(focused)}"]`)?.focus();
   const width = $("charts").clientWidth;
   const drawn = runs.filter((run) => !hidden.has(run.name));
   $("charts").replaceChildren(...Object.entries(CHARTS).map(([title, names]) => chart(t(title), drawn.flatMap((run) => names.map((name) => (
