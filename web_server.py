@@ -28,6 +28,7 @@ import time
 import uuid
 import warnings
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 from flask import Flask, Response, jsonify, redirect, request, send_from_directory
@@ -37,7 +38,7 @@ from werkzeug.serving import make_server
 
 from model.arguments import DEMO_MODEL, add_model_arguments, add_switch, parse_with_demo, run_script
 from model.chat import SETTINGS, Chat, add_chat_arguments, read_questions, settings_of
-from model.dataset import as_conversation
+from model.dataset import as_conversation, split_at_images
 from model.LMConfig import BadInput
 from model.plot import read_log
 from model.vision_utils import MAX_PIXELS, picture_frames, video_frames
@@ -79,7 +80,7 @@ def read_body(allowed):
     if not request.is_json:
         raise UnsupportedMediaType("send JSON, with the header Content-Type: application/json")
     try:
-        body = json.loads(request.get_data())
+        body = json.loads(request.get_data(cache=False))
     except (ValueError, RecursionError) as error:
         raise BadInput(f"the request is not valid JSON ({str(error)[:100]})") from None
     check(isinstance(body, dict), "the request should be a JSON object")
@@ -93,6 +94,8 @@ def read_messages(chat, messages):
     Each of the media is a list of pixels (3, S, S): one of a picture, several of a clip.
     """
     check(isinstance(messages, list) and messages, "messages should be a list of at least one message")
+    most = chat.config.max_seq_len  # each has a token at least
+    check(len(messages) <= most, f"there are {len(messages)} messages, more than the {most} tokens that are read")
     said, characters = [], 0
     for message in messages:
         check(isinstance(message, dict), "each message should be an object with role and content")
@@ -100,7 +103,8 @@ def read_messages(chat, messages):
         role = message.get("role")
         check(role in ROLES, f"role should be one of {', '.join(ROLES)}, not {role!r:.50}")
         text, urls = read_content(message.get("content"))
-        check(role == "user" or not urls, f"only user messages can have pictures, not those of role {role}")
+        named = len(split_at_images(text, chat.config.image_special_token)) > 1
+        check(role == "user" or not (urls or named), f"only user messages can have pictures, not those of role {role}")
         characters += len(text)
         check(characters <= MAX_CHARACTERS, f"the text has over {MAX_CHARACTERS} characters, the most that is read")
         said.append((role, text, urls))
@@ -156,12 +160,12 @@ def read_medium(chat, kind, url, number):
     check(head.startswith("data:"), f"picture {number}: only data: URLs are read, this server fetches nothing")
     if len(data) * 3 // 4 > MAX_PICTURE:
         raise RequestEntityTooLarge(f"picture {number} is over {MAX_PICTURE // MB} MB: send a smaller one")
-    try:
-        check(head.endswith(";base64"), f"picture {number}: its data: URL should be in base64")
-        file = io.BytesIO(base64.b64decode(data, validate=True))
-    except ValueError:
-        raise BadInput(f"picture {number}: its base64 is broken") from None
+    check(head.endswith(";base64"), f"picture {number}: its data: URL should be in base64")
     with decoding:
+        try:
+            file = io.BytesIO(base64.b64decode(data, validate=True))
+        except ValueError:
+            raise BadInput(f"picture {number}: its base64 is broken") from None
         try:
             size, clip = chat.encoder.image_size, kind == "video_url"
             most = chat.max_frames if clip else 1
@@ -228,18 +232,32 @@ class Hangup:
 
 
 class Line:
-    """Visitors are served one at a time, in the order they came; only so many may wait."""
+    """Visitors are served one at a time, in the order they came; only so many may wait, or send what they ask at once."""
 
     def __init__(self, waiting):
         self.waiting = waiting
         self.tickets = []
         self.changed = threading.Condition()
+        self.readers = threading.BoundedSemaphore(waiting + 1)
+
+    def full(self):
+        return ServiceUnavailable(f"{self.waiting} others are waiting already: try again soon", retry_after=5)
+
+    @contextlib.contextmanager
+    def reading(self):
+        """Meanwhile a request is read and unpacked, in up to 100 MB; ServiceUnavailable if too many others are."""
+        if not self.readers.acquire(blocking=False):
+            raise self.full()
+        try:
+            yield
+        finally:
+            self.readers.release()
 
     def join(self):
         """A ticket for the end of the line; ServiceUnavailable if it is full."""
         with self.changed:
             if len(self.tickets) > self.waiting:
-                raise ServiceUnavailable(f"{self.waiting} others are waiting already: try again soon", retry_after=5)
+                raise self.full()
             self.tickets.append(ticket := object())
         return ticket
 
@@ -337,7 +355,7 @@ def add_training(app, out_dir):
         found = []
         for file in out_dir.glob("*.jsonl"):
             with contextlib.suppress(BadInput, OSError):  # a file of something else, or gone by now
-                found.append({**read_log(file), "updated": file.stat().st_mtime})
+                found.append({**read_log(file), "name": file.stem, "updated": file.stat().st_mtime})
         response = jsonify(sorted(found, key=lambda run: -run["updated"]))
         response.add_etag()
         return response.make_conditional(request)
@@ -346,6 +364,13 @@ def add_training(app, out_dir):
 def add_page(app, samples, defaults):
     """The page, its pictures, and what it needs to know."""
     chat = app.chat
+    asked = [
+        {
+            "pictures": [f"samples/{quote(path.name)}" for path in paths],
+            "question": question.replace("<image>", "").strip(),
+        }
+        for paths, question in read_questions(samples)
+    ]
 
     @app.get("/")
     def page():
@@ -357,23 +382,14 @@ def add_page(app, samples, defaults):
 
     @app.get("/info")
     def info():
-        asked = [
-            {
-                "pictures": [f"samples/{path.name}" for path in paths],
-                "question": question.replace("<image>", "").strip(),
-            }
-            for paths, question in read_questions(samples)
-        ]
         return {
             "model": chat.name,
             "parameters": chat.parameters,
             "device": str(chat.device),
             "layers": chat.config.n_layers,
             "settings": defaults,
-            "limits": {name: [setting.least, setting.most] for name, setting in SETTINGS.items()},
             "max_pictures": chat.config.max_seq_len // chat.config.image_tokens,
             "max_picture_bytes": MAX_PICTURE,
-            "max_request_bytes": MAX_REQUEST,
             "samples": asked,
         }
 
@@ -403,10 +419,11 @@ def add_api(app, defaults):
 
     @app.post("/v1/chat/completions")
     def completions():
-        body = read_body(OTHER_FIELDS | OPTIONS.keys() | NEUTRAL.keys())
-        check_model(body.get("model", chat.name))
-        options = read_options(body, defaults)
-        turns, media = read_messages(chat, body.get("messages"))
+        with line.reading():
+            body = read_body(OTHER_FIELDS | OPTIONS.keys() | NEUTRAL.keys())
+            check_model(body.get("model", chat.name))
+            options = read_options(body, defaults)
+            turns, media = read_messages(chat, body.pop("messages", None))
         hangup = Hangup(request.environ)
         answer = chat.stream(turns, flat(media), stop_event=hangup, **options)
         ticket = line.join()
@@ -465,8 +482,9 @@ def add_api(app, defaults):
 
         `frames` has a list for each picture or clip sent: what the model saw of a clip, as JPEGs; [null] for a picture.
         """
-        body = read_body({"messages", "token_ids"})
-        turns, media = read_messages(chat, body.get("messages"))
+        with line.reading():
+            body = read_body({"messages", "token_ids"})
+            turns, media = read_messages(chat, body.pop("messages", None))
         check(media, "there is no picture in the messages")
         ids, room = body.get("token_ids"), chat.config.max_seq_len - chat.prompt(turns).shape[1]
         good = isinstance(ids, list) and all(type(i) is int and 0 <= i < chat.config.vocab_size for i in ids)

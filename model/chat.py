@@ -450,7 +450,7 @@ def before(stops, pieces, found):
             found()
             text = text[: min(places)]
             break
-        held = max(n for stop in stops for n in range(len(stop)) if n == 0 or text.endswith(stop[:n]))
+        held = max(n for stop in stops for n in range(min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
         if len(text) > held:
             yield text[: len(text) - held]
             text = text[len(text) - held :]
@@ -506,7 +506,8 @@ def read_questions(folder):
     file = Path(folder) / "questions.json"
     if not file.exists():
         raise BadInput(f"{file} not found: it lists the questions to ask, as [[picture, ...], question] pairs")
-    return [
-        ([file.parent / name for name in names], question)
-        for names, question in json.loads(file.read_text(encoding="utf-8"))
-    ]
+    try:
+        pairs = json.loads(file.read_text(encoding="utf-8"))
+        return [([file.parent / name for name in names], str(question)) for names, question in pairs]
+    except (ValueError, TypeError) as error:
+        raise BadInput(f"{file} is no JSON list of [[picture, ...], question] pairs ({error}): mend it") from None

@@ -22,6 +22,7 @@ from conftest import ROOT, heed_interrupts, run_python, say
 from PIL import Image
 
 from model.dataset import as_conversation
+from model.LMConfig import BadInput
 from web_server import create_app, make_server
 
 
@@ -241,6 +242,9 @@ def malformed(good):
             "should have text under image_url.url",
         ),
         ([{"role": "system", "content": [part(good)]}], "only user messages can have pictures"),
+        ([{"role": "assistant", "content": "<image>!"}, *fine], "only user messages can have pictures"),
+        ([{"role": "system", "content": "<" * 25 + ">" * 25}, *fine], "only user messages can have pictures"),
+        ([{"role": "system", "content": ""}] * 128 + fine, "there are 129 messages, more than the 128 tokens"),
         ([*fine, {"role": "assistant", "content": "!"}], "the last message should be the user's question"),
         (question(""), "the question is empty"),
         (question(" \n", good), "the question is empty"),
@@ -321,6 +325,22 @@ def test_bad_requests_get_one_clear_sentence(client, pictures):
     assert client.get("/v1/models/gpt").get_json()["error"]["message"].startswith("there is no model 'gpt'")
     for name in ("..%2F..%2FREADME.md", "../questions.json", "nothing.png"):
         assert client.get(f"/samples/{name}").status_code == 404
+
+
+def test_pictures_at_hand_may_have_any_name(app, flags, pictures, tmp_path, monkeypatch):
+    folder = tmp_path / "dataset" / "eval_images"
+    folder.mkdir(parents=True)
+    name = "50% #1?.jpg"
+    (folder / name).write_bytes(pictures[0].read_bytes())
+    (folder / "questions.json").write_text(json.dumps([[[name], "<image>\n?"]]))
+    monkeypatch.setattr("model.chat.Chat.from_arguments", lambda args: app.chat)
+    monkeypatch.chdir(tmp_path)
+    client = create_app(*flags).test_client()
+    (sample,) = client.get("/info").get_json()["samples"]
+    assert client.get(f"/{sample['pictures'][0]}").data == pictures[0].read_bytes()
+    (folder / "questions.json").write_text('[[["a.jpg"], "?"],]')
+    with pytest.raises(BadInput, match="questions.json is no JSON list of .* mend it"):
+        create_app(*flags)
 
 
 def test_too_large_is_said(app, client):
@@ -408,14 +428,14 @@ def test_who_waits_is_told_the_place(app, client):
 
 
 class Visitor:
-    """A raw connection that asks and can hang up at any moment."""
+    """A raw connection that asks and can hang up at any moment; it keeps back the last bytes if `slow`."""
 
-    def __init__(self, address, **body):
+    def __init__(self, address, slow=False, **body):
         host, port = address.removeprefix("http://").split(":")
         self.socket = socket.create_connection((host, int(port)), timeout=20)
         data = json.dumps(body).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-        self.socket.sendall(head.encode() + data)
+        self.socket.sendall(head.encode() + data[: -5 if slow else None])
 
     def read_pieces(self, count):
         seen = b""
@@ -431,6 +451,27 @@ def eventually(true):
     while not true():
         assert time.time() < limit
         time.sleep(0.01)
+
+
+def test_no_more_are_read_at_once_than_may_wait(app):
+    with serving(app) as address:
+        slow = [Visitor(address, slow=True, messages=question("？")) for _ in range(9)]
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+
+        def ask():
+            return client.chat.completions.create(model="64_vlm_sft", messages=question("？"), max_tokens=2)
+
+        def refused():
+            try:
+                ask()
+            except openai.InternalServerError as error:
+                return "8 others are waiting already" in str(error)
+
+        eventually(refused)
+        for visitor in slow:
+            visitor.hang_up()
+        eventually(lambda: not refused())
+        assert ask().usage.completion_tokens == 2
 
 
 def test_who_hangs_up_is_forgotten(app):
