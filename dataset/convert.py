@@ -19,6 +19,7 @@ import functools
 import io
 import json
 import os
+import re
 import shlex
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def json_row(text, where):
     try:
         row = json.loads(text)
         json.dumps(row, ensure_ascii=False).encode()  # half a character, as in "\ud83d", could not be written
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{where}: not valid JSON ({error})") from None
     if not isinstance(row, dict):
         raise BadInput(f"{where}: should be an object, {{...}}, not {text!r:.50}")
@@ -132,6 +133,8 @@ def convert(source, folder, question):
     if not folder.is_dir():
         raise BadInput(f"{folder} is not a folder: name that of the pictures after the file of texts")
     if source.suffix.lower() in (".jsonl", ".ndjson", ".json"):
+        if re.match(r"\s*\[\s*\{", text):
+            raise BadInput(f"{source} is one list: put each object on a line of its own, with no comma after it")
         rows = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
     else:
         rows = csv_rows(source, text)

@@ -279,9 +279,12 @@ class Doctor:
         with torch.device("meta"):
             wanted = BYTES * sum(parameter.numel() for parameter in MiniMindVLM(self.config).parameters())
         says = f"{free / 1e9:.2f} GB free, a stage writes up to {wanted / 1e9:.2f}"
+        writable = folder.is_dir() and os.access(folder, os.W_OK)
         if free < wanted:
             says += ": make room, or name another --out_dir"
-        self.tell("ok" if free >= wanted else "wrong", "disk", self.args.out_dir, says)
+        if not writable:
+            says = f"{folder} is no folder that can be written to: name another --out_dir"
+        self.tell("ok" if writable and free >= wanted else "wrong", "disk", self.args.out_dir, says)
 
     def ready(self, name):
         """Prints whether a script can be run, and returns that.

@@ -184,10 +184,15 @@ def main():
     parser.add_argument("--tokenizer_path", default="model/minimind_tokenizer", help="folder of the tokenizer")
     parser.add_argument("--vision_path", default="model/clip_model/clip-vit-base-patch32", help="folder of the CLIP")
     args = parse_with_demo(parser, {name: DEMO_MODEL[name] for name in ("tokenizer_path", "vision_path")})
-    if args.reverse:
-        reverse(args.source, args.target)
-    else:
-        export(args.source, args.target, args.tokenizer_path, args.vision_path, args.with_vision)
+    if not args.reverse and args.target.suffix == ".pth":
+        raise BadInput(f"{args.target} would become a folder: to write the .pth file of a folder, add --reverse")
+    try:
+        if args.reverse:
+            reverse(args.source, args.target)
+        else:
+            export(args.source, args.target, args.tokenizer_path, args.vision_path, args.with_vision)
+    except OSError as error:
+        raise BadInput(f"{error.filename or args.target} could not be written ({error.strerror})") from None
     print(f"wrote {args.target}")
 
 

@@ -44,7 +44,7 @@ def read_log(path):
         elif run and "step" in entry:
             run["step"], run["minutes_left"] = entry.pop("step"), entry.pop("epoch_Time", None)
             for name, value in entry.items():
-                point = [run["step"], value if math.isfinite(value) else None]
+                point = [run["step"], value if isinstance(value, int | float) and math.isfinite(value) else None]
                 run["curves"].setdefault(name, []).append(point)
     if run is None:
         raise BadInput(f"{path} is not the log of a training: name .jsonl files that a stage wrote")
@@ -84,7 +84,11 @@ def main():
     parser.add_argument("--save", default="curves.png", help="the picture to write (default %(default)s)")
     args = parser.parse_args()
     files = [file for log in args.logs for file in sorted(glob.glob(log)) or [log]]  # cmd.exe leaves the * in
-    draw([read_log(file) for file in files], args.save)
+    runs = [read_log(file) for file in files]
+    if len({run["name"] for run in runs}) < len(runs):  # of the same stage, in several folders
+        for run, file in zip(runs, files, strict=True):
+            run["name"] = file
+    draw(runs, args.save)
     print(f"saved {args.save}: {len(files)} runs")
 
 

@@ -123,6 +123,8 @@ HEADER = "image,caption,question\n"
         ("my.csv", HEADER + "a.png,red,What?,or\n", "line 2: more cells"),
         ("my.jsonl", "\n{'image': 'a.png'}\n", "my.jsonl, line 2: not valid JSON"),
         ("my.jsonl", '["a.png", "red"]', "line 1: should be an object"),
+        ("my.jsonl", "[" * 100_000, "line 1: not valid JSON"),
+        ("their.json", '[\n  {"image": "a.png", "caption": "red"}\n]', "is one list: put each object on a line"),
         ("my.jsonl", '{"image": ["a.png"], "caption": "red"}', "line 1: 'image' should be text"),
         ("my.jsonl", '{"image": "a.png", "caption": "\\ud83d"}', "line 1: not valid JSON .*surrogates"),
         ("my.jsonl", '{"image": "a.png", "conversations": "red"}', "line 1: expected an object with 'image'"),

@@ -176,6 +176,13 @@ def test_the_demo(tmp_path, world):
     )
 
 
+def test_a_place_that_can_t_be_written_to(tmp_path):
+    (tmp_path / "out").write_text("a file")
+    _, found, verdicts = doctor(tmp_path, "--device", "cpu")
+    assert found["disk"][0] == "wrong" and "out is no folder that can be written to" in found["disk"][1]
+    assert "disk wrong" in verdicts[0]
+
+
 def test_flags_that_fit_no_model_are_refused():
     code, out, err = run_python("-m", "model.checkpoint", "--doctor", "--dim", 100)
     assert (code, out) == (1, "")

@@ -126,6 +126,7 @@ def test_what_can_t_be_exported_is_said_in_one_line(export, weights, tiny_clip, 
     sizes = dict(dim=64, n_layers=1, vocab_size=len(tokenizer))
     llm = formula_file(tmp_path / "64_llm.pth", projector=False, **sizes)
     wide = formula_file(tmp_path / "wide.pth", vision_width=1024, **sizes)
+    (tmp_path / "wide.json").write_text("{}")
     broken = export()
     (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:-100])
     for arguments, says in (
@@ -134,6 +135,8 @@ def test_what_can_t_be_exported_is_said_in_one_line(export, weights, tiny_clip, 
         ([tmp_path / "nothing.pth", tmp_path / "new", *paths], "nothing.pth not found"),
         (["--reverse", weights, tmp_path / "new.pth"], "is not a folder"),
         (["--reverse", broken, tmp_path / "new.pth"], "is not a whole file of weights"),
+        ([weights, llm, *paths], "64_llm.pth would become a folder: to write the .pth file of a folder, add --reverse"),
+        ([weights, tmp_path / "wide.json", *paths], "wide.json could not be written (File exists)"),
     ):
         code, _, err = run_python("-m", "model.export", *arguments)
         assert code == 1 and says in err and err.count("\n") == 1, err
