@@ -252,9 +252,8 @@ class Chat:
         places = torch.arange(x.shape[1], device=self.device)
         rotary = rotary_angles(places[None], self.config.head_dim, self.config.rope_theta)
         future = places > places[first:, None]  # (A, T)
-        on_image = cover(find_placeholders(input_ids, self.config.image_ids), self.config.image_tokens)[0].nonzero()[
-            :, 0
-        ]
+        starts = find_placeholders(input_ids, self.config.image_ids)
+        on_image = cover(starts, len(images), self.config.image_tokens)
         maps = []
         for layer in self.model.layers:
             q, k, _ = layer.attention.project(layer.attention_norm(x), rotary)

@@ -64,6 +64,9 @@ class Attention(nn.Module):
         q, k, v = self.project(x, rotary)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
+        if q.is_cuda and (mask is not None or q.dtype != torch.bfloat16):
+            # only flash attention lets heads share keys by itself; others fall back to a kernel that keeps all T x S scores
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         y = F.scaled_dot_product_attention(
             q,
             k,
@@ -122,7 +125,7 @@ class MoEFeedForward(nn.Module):
         """x (B, T, D) -> (output (B, T, D), chosen experts (B, T, k), scores (B, T, E))."""
         weights, chosen, scores = self.gate(x)
         tokens = x.flatten(0, 1)  # (B*T, D)
-        routed = self.grouped if self.training and hasattr(F, "grouped_mm") else self.one_by_one
+        routed = self.grouped if self.training and can_group(tokens) else self.one_by_one
         y = routed(tokens, weights.flatten(0, 1).type_as(x), chosen.flatten(0, 1))
         if self.shared_experts is not None:
             y = y + self.shared_experts(tokens)
@@ -138,8 +141,7 @@ class MoEFeedForward(nn.Module):
 
     def grouped(self, tokens, weights, chosen):
         """The same in three grouped products over tokens sorted by expert; nobody waits for a GPU to count them."""
-        device = tokens.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tokens.dtype
+        dtype = product_dtype(tokens)
         numbers, order = chosen.flatten().sort(stable=True)  # (N*k,)
         ends = torch.searchsorted(numbers, torch.arange(len(self.experts), device=tokens.device), right=True).int()
         w1, w2, w3 = (
@@ -163,6 +165,19 @@ class MoEFeedForward(nn.Module):
         picked = F.one_hot(chosen, scores.shape[-1]).sum(dim=2) * mask  # (B, T, E)
         share = picked.sum(dim=1) / (count * chosen.shape[-1]) * scores.shape[-1]
         return (share * (scores * mask).sum(dim=1) / count).sum(dim=-1) * self.alpha
+
+
+def product_dtype(x):
+    """The precision in which x is multiplied."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def can_group(x):
+    """Whether grouped products of x run as such: elsewhere they are missing, or loop, waiting for the GPU at each."""
+    bfloat16 = product_dtype(x) == torch.bfloat16
+    if x.is_cuda:
+        return bfloat16 and hasattr(F, "grouped_mm") and torch.cuda.get_device_properties(x.device).major >= 9
+    return hasattr(F, "grouped_mm") and (bfloat16 or not torch.compiler.is_compiling())
 
 
 class Block(nn.Module):

@@ -50,9 +50,10 @@ class MiniMindVLM(MiniMindLM):
             # a batch of text alone: with no picture the projector still has a gradient, of zeros, which is what other
             # processes, whose batches have pictures, wait for
             image_features = embeddings.new_zeros(0, self.config.image_tokens, self.config.vision_width)
-        places = cover(starts, self.config.image_tokens)  # (B, T)
         projected = self.vision_proj(image_features).to(embeddings.dtype)  # (N, P, D)
-        return embeddings.masked_scatter(places[..., None], projected)
+        places = cover(starts, images, self.config.image_tokens)
+        # not masked_scatter, for whose gradient the host waits for a GPU
+        return embeddings.flatten(0, 1).index_put((places,), projected.flatten(0, 1)).view_as(embeddings)
 
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, image_features=None, **kwargs):
         """For transformers' `generate`: the pictures are needed once, with the prompt; later steps find them in the cache."""
@@ -73,9 +74,10 @@ def find_placeholders(input_ids, image_ids):
     return starts
 
 
-def cover(starts, size):
-    """(B, T) bool, True at the `size` positions from each start on. Placeholders never overlap."""
-    begun = starts.long().cumsum(dim=1)
-    ended = torch.zeros_like(begun)
-    ended[:, size:] = begun[:, :-size]
-    return begun > ended
+def cover(starts, images, size):
+    """(N * P,) flat places b * T + t, in reading order, of the `size` positions from each of so many starts on.
+
+    Sorted, as the number of images is known, where `nonzero` would make the host wait for a GPU.
+    """
+    first = starts.flatten().to(torch.uint8).argsort(descending=True, stable=True)[:images]  # (N,)
+    return (first[:, None] + torch.arange(size, device=starts.device)).flatten()

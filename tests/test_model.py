@@ -92,6 +92,22 @@ def test_loss_of_a_batch_is_the_sum_of_its_parts(use_moe):
     )  # padding is nothing
 
 
+def test_in_a_training_step_nobody_waits_for_a_gpu(monkeypatch):
+    """No size and no number hangs on what a GPU has computed, forward or backward."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # as on a GPU, placeholders are not counted again
+    config = LMConfig(**TINY)
+    model, features = MiniMindVLM(config).train(), torch.randn(3, 50, 768)
+    ids = torch.tensor([[5, *config.image_ids * 2, 6, 7], [*config.image_ids, *range(8, 61)]])
+    with torch.profiler.profile() as profile:
+        loss = model(ids, features, labels=ids, label_positions=torch.arange(40), num_items_in_batch=40).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    asked = {event.key for event in profile.key_averages()}
+    assert "aten::index_put" in asked
+    assert not asked & {"aten::nonzero", "aten::masked_select", "aten::_local_scalar_dense"}
+    assert model.vision_proj.vision_proj[0].weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("tokens", [1, 33])
 def test_experts_all_at_once_and_one_by_one_are_the_same(tokens):
     """Values and gradients; with one token, two of the four experts have nothing to do."""

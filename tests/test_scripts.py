@@ -215,19 +215,20 @@ def test_losses_do_not_depend_on_how_a_batch_is_divided(place, tokenizer):
 
 
 @pytest.mark.slow
-def test_a_compiled_model_has_the_same_losses(place, tokenizer, tmp_path):
-    save_llm(place, tokenizer)
-    losses = []
-    for flags in ([], ["--compile"]):
-        (place.out / "64_vlm_pretrain.jsonl").unlink(missing_ok=True)
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_a_compiled_model_has_the_same_losses(place, tokenizer, tmp_path, use_moe):
+    save_llm(place, tokenizer, use_moe=use_moe)
+    losses, name = [], "64_moe_vlm_pretrain" if use_moe else "64_vlm_pretrain"
+    for flags in (["--use_moe", use_moe], ["--use_moe", use_moe, "--compile"]):
+        (place.out / f"{name}.jsonl").unlink(missing_ok=True)
         code, _, err = place.pretrain(*flags, "--epochs", 2)
         if flags and not shutil.which("g++"):
             assert code == 1 and "--compile needs a C++ compiler" in err
             return
         assert code == 0 and "recompile_limit" not in err, err
-        losses.append([line["loss"] for line in place.log("64_vlm_pretrain")])
+        losses.append([line["loss"] for line in place.log(name)])
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
-    code, _, err = place.pretrain("--compile", CXX=str(tmp_path / "c++"))
+    code, _, err = place.pretrain("--use_moe", use_moe, "--compile", CXX=str(tmp_path / "c++"))
     assert code == 1 and "c++ was not found: install one, or leave it out" in err
 
 
