@@ -469,12 +469,14 @@ class LengthBatches:
     they are divided. The last global batch of an epoch may be smaller; the fewer than `world` samples that can't be dealt
     evenly are left out of that epoch.
 
-    indices: the samples to use; lengths: of all samples.
+    indices: the samples to use; lengths: of all samples. BadInput if a step has fewer samples than there are processes.
     """
 
     def __init__(self, indices, lengths, size, batch_size, rank=0, world=1, seed=0):
         self.indices, self.lengths, self.size, self.batch_size = indices, lengths[indices], size, batch_size
         self.rank, self.world, self.seed = rank, world, seed
+        if size < world:
+            raise BadInput(f"{world} processes can't share the {size} samples of a step: resume with at most {size}")
         self.begin(0)
 
     def begin(self, epoch, done=0):

@@ -101,9 +101,11 @@ class Stop:
             signal.signal(number, handler)
 
 
-def ignore_interrupts(_):
-    """For the workers that read data: Ctrl-C in a terminal reaches them too, and is for the loop to heed."""
+def ignore_signals(_):
+    """For the workers that read data: a terminal's Ctrl-C and torchrun's SIGTERM go to all, and are for the loop to heed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # and not SIG_IGN for SIGTERM, by which the loop ends them
 
 
 class Log:

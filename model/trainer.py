@@ -43,7 +43,7 @@ from model.dataset import (
 )
 from model.LMConfig import BadInput, LMConfig
 from model.model_vlm import MiniMindVLM
-from model.running import Log, Processes, Stop, ignore_interrupts, tell
+from model.running import Log, Processes, Stop, ignore_signals, tell
 from model.vision_utils import FeatureCache, cache_key, load_vision
 
 # --- what a stage needs ---------------------------------------------------------------------------------------------
@@ -110,7 +110,8 @@ def learning_rate_at(step, steps, peak, warmup):
 
 def open_cache(args, dataset, encoder, processes):
     """Gives the dataset its feature cache, which the first process builds, or goes on building, if need be."""
-    cache = FeatureCache(Path(args.out_dir) / "features", cache_key(args.vision_path, dataset.image_paths))
+    key = cache_key(args.vision_path, dataset.image_paths) if processes.first else None
+    cache = FeatureCache(Path(args.out_dir) / "features", processes.from_first(key))
     if processes.first and not cache.ready():
         pictures, (done, _) = Pictures(dataset), cache.begun()
         rows = range(done, len(pictures))
@@ -118,7 +119,14 @@ def open_cache(args, dataset, encoder, processes):
         with tqdm(total=len(pictures), initial=done, unit="picture", desc="CLIP", disable=None) as bar:
             if bar.disable:
                 print(f"running CLIP over {len(rows)} pictures ...", file=sys.stderr, flush=True)
-            cache.build(encoder, len(pictures), loader, bar.update)
+            try:
+                cache.build(encoder, len(pictures), loader, bar.update)
+            except OSError as error:
+                gigabytes = len(pictures) * encoder.image_tokens * encoder.vision_width * 2 / 1e9
+                raise BadInput(
+                    f"{cache.partial} could not be written ({error.strerror}): it takes {gigabytes:.1f} GB; make room, name "
+                    "another --out_dir, or leave out --cache_features"
+                ) from None
     processes.wait()
     if not cache.ready():
         raise BadInput(
@@ -156,7 +164,9 @@ def train(args, stage, weights, weights_file, allow_missing_projector=False):
             for dataset in filter(None, datasets):
                 open_cache(args, dataset, encoder, processes)
         history = read_notes(weights).get("training", []) if weights else []
-        Run(args, stage, processes, *parts, weights_file, history, saved).train()
+        run = Run(args, stage, processes, *parts, weights_file, history, saved)
+        saved = None  # as large as model and optimizer together
+        run.train()
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
@@ -213,6 +223,7 @@ class Run:
         self.loader = self.load(dataset, self.sampler)
         if held_out:
             kept = np.arange(len(held_out))
+        self.measures = len(kept) > 0
         held_out = held_out or dataset
         self.held_out = self.load(held_out, SortedBatches(kept, held_out.lengths, args.batch_size, *place))
         self.problems = dataset.problems
@@ -224,6 +235,11 @@ class Run:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, fused=args.device != "mps")
         self.step, self.steps = 0, self.sampler.steps * args.epochs
+        if not self.steps:
+            raise BadInput(
+                f"there is nothing to do: {args.epochs} epochs of {len(training)} samples, and a step takes "
+                f"{size} {'batches' if args.batch_tokens else 'samples'}"
+            )
         # since the last log line: loss and steps that counted; steps in a row without a finite gradient, now and at most
         self.sums, self.streak = torch.zeros(2, device=args.device), torch.zeros(2, device=args.device)
         self.seen, self.skipped, self.wandb_id = 0, 0, None
@@ -239,7 +255,7 @@ class Run:
             batch_sampler=batches,
             collate_fn=collate,
             num_workers=self.args.num_workers,
-            worker_init_fn=ignore_interrupts,
+            worker_init_fn=ignore_signals,
             pin_memory=self.args.device.startswith("cuda"),
             persistent_workers=self.args.num_workers > 0,
         )
@@ -339,11 +355,11 @@ class Run:
                 stopping = self.advance(batches, stop)
                 last = self.step == self.steps
                 if self.step % args.log_interval == 0 or last:
-                    figures = self.figures(time.time() - begun)
+                    figures = self.figures(begun)
                     begun = time.time()
                     if log:
                         log.write(self.step, figures)
-                if len(self.held_out.batch_sampler) and (self.step % args.eval_interval == 0 or last):
+                if self.measures and (self.step % args.eval_interval == 0 or last):
                     loss = self.validate()
                     if log:
                         log.write(self.step, {"val_loss": loss})
@@ -440,9 +456,10 @@ class Run:
                 num_items_in_batch=answers,
             ).loss
 
-    def figures(self, seconds):
-        """What is logged of the steps since the last line. BadInput after too many steps without a finite gradient."""
+    def figures(self, begun):
+        """What is logged of the steps since the last line, at a time. BadInput after too many without a finite gradient."""
         loss, counted = self.processes.sum(torch.stack([self.sums[0], self.sums[1] / self.processes.world])).tolist()
+        seconds = time.time() - begun  # now that they are done
         steps = self.step % self.args.log_interval or self.args.log_interval
         self.skipped += steps - round(counted)
         if self.streak[1] >= PATIENCE:

@@ -297,7 +297,10 @@ def cache_key(vision_path, image_paths):
         if file.suffix in (".safetensors", ".bin", ".json"):
             digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
     for path in image_paths:
-        stat = os.stat(path) if os.path.exists(path) else None
+        try:
+            stat = os.stat(path)
+        except OSError:
+            stat = None
         digest.update(f"{path} {stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
     return digest.hexdigest()
 
@@ -335,12 +338,16 @@ class FeatureCache:
 
     def build(self, encoder, pictures, loader, progress):
         """Runs CLIP once over that many pictures, less those that are `begun`. `loader` yields the others, in the order of
-        the cache's rows, as uint8 pixels (N, 3, S, S) and a list of N problems, None for a good picture."""
+        the cache's rows, as uint8 pixels (N, 3, S, S) and a list of N problems, None for a good picture. OSError if there is
+        no room for all of them."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         shape = (pictures, encoder.image_tokens, encoder.vision_width)
         done, bad = self.begun()
         self.note_down(done, bad)
         array = np.lib.format.open_memmap(self.partial, mode="r+" if done else "w+", dtype=np.float16, shape=shape)
+        if hasattr(os, "posix_fallocate"):  # a disk that fills up later would end the process without a word
+            with open(self.partial, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, self.partial.stat().st_size)
         for pixels, problems in loader:
             features = encoder(pixels).to(device="cpu", dtype=torch.float16).numpy()
             array[done : done + len(features)] = features

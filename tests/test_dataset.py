@@ -210,6 +210,8 @@ def test_processes_share_the_same_global_batches(count):
     assert [sorted(batch) for batch in regrouped] == [sorted(batch) for batch in alone]
     if count % 2 == 0:
         assert together == [sorted(batch) for batch in alone]
+    with pytest.raises(BadInput, match="9 processes can't share the 8 samples of a step: resume with at most 8"):
+        LengthBatches(indices, lengths, 8, 4, rank=0, world=9)
 
 
 def test_batches_by_tokens_are_full_and_dealt_alike_to_any_number_of_processes():

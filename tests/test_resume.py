@@ -195,9 +195,11 @@ def test_torchrun_restarts_a_run_whose_process_died(place, undisturbed):
     assert losses(place) == pytest.approx(undisturbed[0], abs=1e-5)
 
 
-def test_torchrun_told_to_end_saves(place, undisturbed):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_torchrun_told_to_end_saves(place, undisturbed, workers):
     launcher = [*TORCHRUN, "--nproc_per_node", 2]
-    process = begin(place, "--batch_size", 4, "--save_interval", 100, launcher=launcher)
+    flags = ["--batch_size", 4, "--save_interval", 100, "--num_workers", workers]
+    process = begin(place, *flags, launcher=launcher)
     until(process, 4)
     process.terminate()
     code, text = finish(process)
@@ -326,6 +328,9 @@ def test_a_full_disk_is_told_and_costs_nothing_that_was_saved(place):
     assert "the last weights could not be saved: make room in" in text
     assert {file.name: file.read_bytes() for file in place.out.glob("64_vlm*.pth")} == before
     assert not list(place.out.glob("*.tmp"))
+    code, text = finish(begin(place, "--cache_features", limit=20_000))
+    assert code == 1 and "Traceback" not in text
+    assert "could not be written (File too large): it takes 0.0 GB; make room, name another --out_dir, or" in text
 
 
 @pytest.mark.parametrize("out", ["/proc/minimind", "/sys/kernel"])
@@ -342,6 +347,21 @@ def test_held_out_samples_are_measured_and_not_trained_on(place):
     clear(place)
     run_whole(place, "--val_path", place.world / "pretrain.json", "--eval_interval", 3, "--epochs", 1)
     assert len([line for line in log_lines(place) if "val_loss" in line]) == 2
+    clear(place)  # one batch is held out, and one of two processes has none of it
+    flags = ["--val_fraction", 0.1, "--eval_interval", 3, "--epochs", 1]
+    run_whole(place, *flags, launcher=[*TORCHRUN, "--nproc_per_node", 2])
+    assert len([line for line in log_lines(place) if "val_loss" in line]) == 1
+
+
+def test_a_run_without_a_step_is_refused(place):
+    for flags, why in (
+        (["--val_fraction", 1], "3 epochs of 0 samples, and a step takes 8 samples"),
+        (["--epochs", 0], "0 epochs of 48 samples, and a step takes 8 samples"),
+        (["--batch_tokens", 1024, "--accumulation_steps", 99], "3 epochs of 48 samples, and a step takes 99 batches"),
+    ):
+        code, text = finish(begin(place, *flags))
+        assert code == 1 and f"there is nothing to do: {why}" in text
+        assert "Traceback" not in text and not (place.out / "64_vlm_pretrain.pth").exists()
 
 
 def log_lines(place):
