@@ -25,20 +25,23 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
 
 
-def rotary_angles(position_ids, head_dim, theta):
-    """(B, T) positions -> cos and sin, each (B, 1, T, C/2): the angle by which pair k of a head is turned.
+def rotary_turns(position_ids, head_dim, theta):
+    """(B, T) positions -> (B, 1, T, C/2) complex numbers of size 1: their product turns pair k of a head by its angle.
 
     Computed for each call rather than kept as a table: there is no buffer to rebuild after loading, and no limit of length.
     """
     exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
     angles = position_ids[:, None, :, None].float() * theta**-exponents
-    return angles.cos(), angles.sin()
+    return torch.complex(angles.cos(), angles.sin())
 
 
-def rotate(x, cos, sin):
-    """Turns each pair (2k, 2k+1) of the last dimension of x (B, heads, T, C) by its angle (Su et al. 2021), in float32."""
-    even, odd = x[..., 0::2].float(), x[..., 1::2].float()
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+def rotate(x, turns):
+    """Turns each pair (2k, 2k+1) of the last dimension of x (B, heads, T, C), as one complex number (Su et al. 2021).
+
+    The result is float32.
+    """
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2)
 
 
 class Attention(nn.Module):
@@ -54,29 +57,32 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias=False)
         self.wo = nn.Linear(config.n_heads * self.head_dim, config.dim, bias=False)
 
-    def project(self, x, rotary):
+    def project(self, x, turns):
         """x (B, T, D) -> queries (B, H, T, C), keys and values (B, K, T, C), the first two turned to their places."""
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
-        return rotate(q, *rotary), rotate(k, *rotary), v
+        # on a CPU, attention has a gradient in bfloat16 that takes up to four times as long
+        dtype = torch.float32 if self.training and x.device.type == "cpu" else v.dtype
+        return rotate(q, turns).to(dtype), rotate(k, turns).to(dtype), v.to(dtype)
 
-    def forward(self, x, rotary, mask, past_key_values):
+    def forward(self, x, turns, mask, past_key_values):
         """x (B, T, D); mask (B, 1, T, S), True where a query may look, or None for plain causal attention."""
-        q, k, v = self.project(x, rotary)
+        q, k, v = self.project(x, turns)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         if q.is_cuda and (mask is not None or q.dtype != torch.bfloat16):
             # only flash attention lets heads share keys by itself; others fall back to a kernel that keeps all T x S scores
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            # a single new token sees everything before it
-            is_causal=mask is None and (past_key_values is None or q.shape[2] > 1),
-            enable_gqa=q.shape[1] != k.shape[1],
-        )  # (B, H, T, C)
+        with torch.autocast(q.device.type, enabled=False):  # which would round them again
+            y = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                dropout_p=self.dropout if self.training else 0.0,
+                # a single new token sees everything before it
+                is_causal=mask is None and (past_key_values is None or q.shape[2] > 1),
+                enable_gqa=q.shape[1] != k.shape[1],
+            )  # (B, H, T, C)
         return F.dropout(self.wo(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
 
@@ -190,9 +196,9 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x, rotary, mask, past_key_values, token_mask):
+    def forward(self, x, turns, mask, past_key_values, token_mask):
         """x (B, T, D) -> (x, balance loss (B,) or None); token_mask is given only where that loss is wanted."""
-        x = x + self.attention(self.attention_norm(x), rotary, mask, past_key_values)
+        x = x + self.attention(self.attention_norm(x), turns, mask, past_key_values)
         if not isinstance(self.feed_forward, MoEFeedForward):
             return x + self.feed_forward(self.ffn_norm(x)), None
         y, chosen, scores = self.feed_forward(self.ffn_norm(x))
@@ -291,7 +297,7 @@ class MiniMindLM(PreTrainedModel, GenerationMixin):
         start = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             position_ids = positions(attention_mask, start, input_ids)
-        rotary = rotary_angles(position_ids, self.config.head_dim, self.config.rope_theta)
+        turns = rotary_turns(position_ids, self.config.head_dim, self.config.rope_theta)
         mask = attention_pattern(attention_mask, start, input_ids, past_key_values)
         # padding is id 0 (<unk>), which a byte-level tokenizer never produces from text
         wants_balance = self.config.use_moe and self.training and labels is not None
@@ -300,7 +306,7 @@ class MiniMindLM(PreTrainedModel, GenerationMixin):
         x = F.dropout(self.embed(input_ids, image_features), self.config.dropout, self.training)
         balance = 0.0  # (B,)
         for layer in self.layers:
-            x, layer_balance = layer(x, rotary, mask, past_key_values, token_mask)
+            x, layer_balance = layer(x, turns, mask, past_key_values, token_mask)
             if layer_balance is not None:
                 balance = balance + layer_balance
         x = self.norm(x)
