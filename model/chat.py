@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import (
     LogitsProcessorList,
@@ -36,7 +37,7 @@ from model.dataset import (
     tokenizer_fields,
 )
 from model.LMConfig import BadInput, LMConfig
-from model.model import rotary_angles
+from model.model import rotary_turns
 from model.model_vlm import cover, find_placeholders
 from model.vision_utils import has_vision, load_vision, read_frames, read_pixels
 
@@ -147,8 +148,8 @@ class Chat:
         if int8:
             quantize(self.model, self.device)
             quantize(self.encoder.model, self.device)
-        elif self.device.type == "cpu" and dtype == torch.float32:
-            SlicedLinear.put_into(self.model)
+        elif self.device.type == "cpu":
+            RowLinear.put_into(self.model)
 
     @classmethod
     def from_arguments(cls, args):
@@ -250,7 +251,7 @@ class Chat:
         written = torch.tensor([token_ids[:-1]], dtype=torch.long, device=self.device)
         x = torch.cat([self.model.embed(input_ids, self.see(images)), self.model.tok_embeddings(written)], dim=1)
         places = torch.arange(x.shape[1], device=self.device)
-        rotary = rotary_angles(places[None], self.config.head_dim, self.config.rope_theta)
+        rotary = rotary_turns(places[None], self.config.head_dim, self.config.rope_theta)
         future = places > places[first:, None]  # (A, T)
         starts = find_placeholders(input_ids, self.config.image_ids)
         on_image = cover(starts, len(images), self.config.image_tokens)
@@ -309,29 +310,47 @@ def quantize(model, device):
         quantize_dynamic(model, {nn.Linear: per_channel_dynamic_qconfig}, inplace=True)
 
 
-class SlicedLinear(nn.Linear):
-    """`nn.Linear` that multiplies a single row, as in decoding, by slices of its matrix, all in one batched product.
+def by_vector(x, weight):
+    """x (1, 1, in) times weight (out, in) -> (1, 1, out), as a matrix times a vector."""
+    return torch.mv(weight, x.flatten())[None, None]
 
-    The numbers are the same. On a CPU a plain matrix-vector product runs on one core and reads memory at a third of the
-    speed at which this does (tests/benchmarks/LOG.md).
+
+def by_slices(x, weight, slices=8):
+    """The same by slices of the matrix, all in one batched product."""
+    column = x.view(1, -1).t().expand(slices, -1, 1)  # (slices, in, 1), with strides that take the fast way
+    return torch.bmm(weight.view(slices, -1, weight.shape[1]), column).view(1, 1, -1)
+
+
+class RowLinear(nn.Linear):
+    """`nn.Linear` that multiplies a single row, as in decoding, in the way that is fastest on this CPU.
+
+    The numbers are the same but for rounding. Which way runs on one core alone, and which reads memory at a third of its
+    speed, differs with the CPU's maker and the precision (tests/benchmarks/LOG.md), so all are tried when a model is loaded.
     """
 
-    SLICES = 8
+    def forward(self, x):
+        return self.way(x, self.weight) if x.numel() == self.in_features else super().forward(x)
 
     @classmethod
+    @torch.inference_mode()
     def put_into(cls, model):
-        """Makes every linear layer of a model whose matrix can be sliced one of these."""
-        for module in model.modules():
-            if type(module) is nn.Linear and module.bias is None and module.out_features % cls.SLICES == 0:
-                module.__class__ = cls
+        """Makes the linear layers of a model these, but for those with a bias or an odd width, if that is faster."""
+        layers = [module for module in model.modules() if type(module) is nn.Linear]
+        layers = [layer for layer in layers if layer.bias is None and layer.out_features % 8 == 0]
+        rows = [layer.weight.new_ones(1, 1, layer.in_features) for layer in layers]
 
-    def forward(self, x):
-        if x.numel() != self.in_features:
-            return super().forward(x)
-        column = (
-            x.view(1, -1).t().expand(self.SLICES, -1, 1)
-        )  # (slices, in, 1), with the strides that take the fast way
-        return torch.bmm(self.weight.view(self.SLICES, -1, self.in_features), column).view(*x.shape[:-1], -1)
+        def seconds(way):
+            """To multiply all matrices once."""
+            begun = time.perf_counter()
+            for layer, row in zip(layers, rows, strict=True):
+                way(row, layer.weight)
+            return time.perf_counter() - begun
+
+        times = {way: min(seconds(way) for _ in range(4)) for way in (F.linear, by_vector, by_slices)}
+        fastest = min(times, key=times.get)
+        if times[fastest] < 0.8 * times[F.linear]:  # a choice by less would hang on chance, and so would rounding
+            for layer in layers:
+                layer.__class__, layer.way = cls, fastest
 
 
 class KVCache:
