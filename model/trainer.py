@@ -457,7 +457,7 @@ class Run:
             ).loss
 
     def figures(self, begun):
-        """What is logged of the steps since the last line, at a time. BadInput after too many without a finite gradient."""
+        """What is logged of the steps since `begun`. BadInput after too many of them without a finite gradient."""
         loss, counted = self.processes.sum(torch.stack([self.sums[0], self.sums[1] / self.processes.world])).tolist()
         seconds = time.time() - begun  # now that they are done
         steps = self.step % self.args.log_interval or self.args.log_interval

@@ -22,30 +22,31 @@ def main():
     with test_web.serving(app) as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
 
-        def begin(locale, scheme):
-            """A page on which a sample was picked and its second question answered."""
+        def ask(locale, scheme, number):
+            """A page on which a sample was picked and one of its questions asked."""
             size = {"width": 900, "height": 760}
             page = browser.new_page(locale=locale, color_scheme=scheme, viewport=size, device_scale_factor=1.5)
             page.goto(address)
             page.locator(f"#samples img[alt='{SAMPLE}']").click()
-            page.locator("#chips button").nth(1).click()
-            page.locator(".speed").wait_for()
+            page.locator("#chips button").nth(number).click()
             return page
 
-        page = begin("zh-CN", "light")
-        pause[0] = 0.3
-        page.locator("#chips button").first.click()
-        page.locator(".token").nth(6).wait_for()
-        page.screenshot(path=FOLDER / "answering.png")
-        pause[0] = 0.0
+        for locale, look, ending in (("en-US", "What it looked at", ""), ("zh-CN", "它看了哪里", "_zh")):
+            pause[0] = 0.3
+            page = ask(locale, "light", 0)
+            page.locator(".token").nth(6).wait_for()
+            page.screenshot(path=FOLDER / f"answering{ending}.png")
+            pause[0] = 0.0
+            page.close()
 
-        page = begin("en-US", "dark")
-        page.locator("#chips button").first.click()
-        page.locator(".speed").nth(1).wait_for()
-        page.get_by_role("button", name="What it looked at").last.click()
-        page.locator(".answer").nth(1).locator(".token").nth(2).click()
-        page.wait_for_timeout(600)  # scrolling there
-        page.screenshot(path=FOLDER / "looking.png")
+            page = ask(locale, "dark", 1)
+            page.get_by_role("button", name=look).click()
+            page.locator(".heat select").select_option("1")
+            page.locator(".token").last.click()
+            page.evaluate("window.scrollTo({ top: document.documentElement.scrollHeight })")
+            page.wait_for_timeout(600)
+            page.screenshot(path=FOLDER / f"looking{ending}.png")
+            page.close()
         browser.close()
 
 

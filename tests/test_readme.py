@@ -179,18 +179,29 @@ def test_both_languages_have_the_same_code_and_figures():
         ours, theirs = (re.sub(r'""".*?"""', "", block) for block in (ours, theirs))
         assert ours == theirs, language
     ours, theirs = (re.findall(r'(?:\]\(|src=")([^)"]*\.(?:svg|png))', text) for text in READMES.values())
-    assert ours and [name.replace("_zh.svg", ".svg") for name in theirs] == ours
-    assert all(name.endswith("_zh.svg") for name in theirs if name.endswith(".svg"))
+    assert ours and [name.replace("_zh.", ".") for name in theirs] == ours
+    assert all("_zh." in name for name in theirs if "/answer" not in name or "screenshots" in name)
     ours, theirs = (re.findall(r"^#+", prose(text), re.MULTILINE) for text in READMES.values())
     assert ours == theirs
+
+
+def anchors(file):
+    """What GitHub calls the headings of a Markdown file in links."""
+    headings = re.findall(r"^#+ (.*)$", prose(file.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", ["dataset/README.md", "dataset/README_zh.md"])
+def test_links_about_the_data_lead_somewhere(name):
+    for link in re.findall(r"\]\(([^)]+)\)", (ROOT / name).read_text(encoding="utf-8")):
+        path, _, anchor = link.partition("#")
+        file = (ROOT / name).parent / path
+        assert file.exists() and (not anchor or anchor in anchors(file)), link
 
 
 @pytest.mark.parametrize("name", READMES)
 def test_what_is_named_is_there(name):
     text = prose(READMES[name])
-    anchors = {
-        re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-    }
     links = re.findall(r'(?:\]\(|src=")([^)"]+)', text)
     paths = re.findall(r"`((?:[\w.-]+/)+[\w.-]*|[\w-]+\.(?:py|md|txt))`", text)
     assert len(links) > 40 and len(paths) > 20
@@ -199,8 +210,7 @@ def test_what_is_named_is_there(name):
         if path.startswith(("http", *MADE)) or "huggingface" in path or path.count("/") == 1 and path in REPOSITORIES:
             continue
         assert not path or (ROOT / path).exists(), link
-        if anchor and not path:
-            assert anchor in anchors, link
+        assert not anchor or anchor in anchors(ROOT / (path or name)), link
     for names, path in re.findall(r"((?:`[\w.]+`[^`\[\]]{0,12})+)\[(?:[\w/.-]+)\]\(([\w/.-]+\.py)\)", text):
         for one in re.findall(r"`([\w.]+)`", names):
             if not (ROOT / one).exists():
