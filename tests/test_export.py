@@ -14,6 +14,7 @@ from test_web import data_url, question
 
 from model.chat import Chat
 from model.dataset import as_conversation, encode_conversations
+from model.export import EXAMPLE
 from model.hub import MiniMindVForConditionalGeneration, MiniMindVProcessor
 from model.vision_utils import read_pixels
 from web_server import create_app
@@ -36,10 +37,10 @@ def export(weights, tiny_clip, tmp_path):
 def test_the_readme_s_ten_lines_answer_without_the_repository(export, chat, pictures, tmp_path):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = next(code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "AutoProcessor" in code)
-    assert len(lines.splitlines()) <= 10
     folder = export("--with_vision")
     lines = lines.replace("my-minimind-v", folder.name)
     lines = lines.replace("dataset/eval_images/左上角大红色星形.png", "picture.png")
+    assert len(lines.splitlines()) <= 10 and lines.strip() == EXAMPLE.format(name=folder.name)
     assert lines in (folder / "README.md").read_text(encoding="utf-8")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

@@ -19,13 +19,12 @@ streaming alone, on a GPU without what CUDA itself takes.
 import argparse
 import contextlib
 import json
-import resource
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from made_up import make_files, roofs  # puts the repository on the path
+from made_up import make_files, peak_memory, roofs  # puts the repository on the path
 from torch import nn
 
 from model.chat import Chat
@@ -148,8 +147,7 @@ def main():
             features = chat.see([pixels])
         input_ids = chat.prompt(as_conversation(QUESTION, 1, chat.config))
         rows = {"stream": best(stream, chat, pixels)}
-        peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else None
-        peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = peak_memory(args.device)
         plain_layers(chat)
         for manner in (no_cache, plain_loop, generate):
             rows[manner.__name__.replace("_", " ")] = best(manner, chat, input_ids, features)

@@ -18,14 +18,13 @@ all positions; AdamW not fused. The language model itself is the same, so that w
 
 import argparse
 import json
-import resource
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from made_up import device_name, make_files, roofs, synchronize  # puts the repository on the path
+from made_up import device_name, make_files, peak_memory, roofs, synchronize  # puts the repository on the path
 from transformers import CLIPConfig, CLIPModel
 
 from model.arguments import add_training_arguments, pick_dtype
@@ -181,8 +180,7 @@ def main():
         padded = sum(len(batch) * -(-dataset.lengths[batch].max() // 8) * 8 for batch in batches)
         lm_flops, clip_flops = flops(model.config, encoder, lengths, answers, args.cache_features)
         size = f"of {args.batch_tokens} tokens" if args.batch_tokens else args.batch_size
-        peak = torch.cuda.max_memory_allocated() if args.device.startswith("cuda") else None
-        peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = peak_memory(args.device)
         product, copy = roofs(args.device, dtype)
         result = {
             "device": device_name(args.device),

@@ -6,6 +6,7 @@ A random ViT-B/32 (transformers' default CLIP vision config, 87M parameters), a 
 
 import json
 import random
+import resource
 import sys
 import time
 from pathlib import Path
@@ -92,6 +93,13 @@ def fastest(work, device, times=5):
 def synchronize(device):
     if str(device).startswith("cuda"):
         torch.cuda.synchronize()
+
+
+def peak_memory(device):
+    """The most that was in use so far, in bytes: of the GPU by PyTorch, of a CPU by the whole process."""
+    if str(device).startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def device_name(device):
