@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 
 from dataset import demo
-from model.arguments import DEMO_MODEL, add_model_arguments, add_switch, parse_with_demo, run_script
+from model.arguments import DEMO_MODEL, add_model_arguments, add_switch, parse_with_demo
 from model.chat import SETTINGS, Chat, add_chat_arguments, read_questions, score, settings_of
-from model.LMConfig import BadInput
+from model.errors import BadInput, run_script
 
 DEMO = {
     **DEMO_MODEL,

@@ -36,10 +36,10 @@ from PIL import Image, UnidentifiedImageError
 from werkzeug.exceptions import HTTPException, NotFound, RequestEntityTooLarge, ServiceUnavailable, UnsupportedMediaType
 from werkzeug.serving import make_server
 
-from model.arguments import DEMO_MODEL, add_model_arguments, add_switch, parse_with_demo, run_script
+from model.arguments import DEMO_MODEL, add_model_arguments, add_switch, parse_with_demo
 from model.chat import SETTINGS, Chat, add_chat_arguments, read_questions, settings_of
 from model.dataset import as_conversation, split_at_images
-from model.LMConfig import BadInput
+from model.errors import BadInput, run_script
 from model.plot import read_log
 from model.vision_utils import MAX_PIXELS, picture_frames, video_frames
 

@@ -25,11 +25,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from dataset.demo import CAPTION_PROMPTS, record
-from model.arguments import run_script
-from model.checkpoint import replace_file
 from model.dataset import parse_record
-from model.LMConfig import BadInput, LMConfig
+from model.errors import BadInput, run_script
+from model.files import replace_file
+from model.LMConfig import LMConfig
+
+from .demo import CAPTION_PROMPTS, record
 
 COLUMNS = ("image", "caption", "answer", "question")
 SHOWN = 10  # bad lines told at once

@@ -2,20 +2,7 @@
 
 from transformers import PretrainedConfig
 
-
-class BadInput(Exception):
-    """Something that the person at the keyboard can mend; the message says what and how, and scripts print it alone."""
-
-
-class BadRecord(BadInput):
-    """A record of the data, or a picture of it, that can't be used. `reason` is what reports count by."""
-
-    def __init__(self, reason, message):
-        super().__init__(message)
-        self.reason = reason
-
-    def __reduce__(self):  # between processes
-        return BadRecord, (self.reason, str(self))
+from .errors import BadInput
 
 
 class LMConfig(PretrainedConfig):

@@ -2,11 +2,8 @@
 
 import argparse
 import os
-import sys
 
 import torch
-
-from model.LMConfig import BadInput
 
 # the demo's preset of the arguments that training and chatting share
 DEMO_MODEL = {
@@ -131,16 +128,6 @@ def parse_with_demo(parser, demo, flags=None):
         parser.set_defaults(**demo)
         args = parser.parse_args(flags)
     return args
-
-
-def run_script(main):
-    """Runs a script's main; what people can mend is told in one line, with exit code 1."""
-    try:
-        main()
-    except BadInput as problem:
-        sys.exit(f"error: {problem}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
 
 
 def pick_dtype(name, device):

@@ -21,25 +21,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from model.arguments import model_sizes, pick_dtype
-from model.checkpoint import (
-    load_tokenizer,
-    load_vlm,
-    read_notes,
-    tokenizer_warning,
-    weights_name,
-)
-from model.dataset import (
-    as_conversation,
-    encode_conversations,
-    parse_record,
-    read_records,
-    tokenizer_fields,
-)
-from model.LMConfig import BadInput, LMConfig
-from model.model import rotary_turns
-from model.model_vlm import cover, find_placeholders
-from model.vision_utils import has_vision, load_vision, read_frames, read_pixels
+from .arguments import model_sizes, pick_dtype
+from .checkpoint import load_tokenizer, load_vlm, read_notes, tokenizer_warning, weights_name
+from .dataset import as_conversation, encode_conversations, parse_record, read_records, tokenizer_fields
+from .errors import BadInput
+from .LMConfig import LMConfig
+from .model import rotary_turns
+from .model_vlm import cover, find_placeholders
+from .vision_utils import has_vision, load_vision, read_frames, read_pixels
 
 
 class Setting(NamedTuple):

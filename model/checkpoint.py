@@ -6,7 +6,6 @@
 import hashlib
 import inspect
 import json
-import os
 import pickle
 from pathlib import Path
 
@@ -15,9 +14,11 @@ import safetensors.torch
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from model.LMConfig import BadInput, LMConfig
-from model.model_vlm import MiniMindVLM
-from model.vision_utils import VISION, read_object, refuse_pointer, weights_in
+from .errors import BadInput
+from .files import read_object, refuse_pointer, replace_file, weights_in, write_json
+from .LMConfig import LMConfig
+from .model_vlm import MiniMindVLM
+from .vision_utils import VISION
 
 PREFIXES = ("_orig_mod.", "module.")  # left in a file by torch.compile and by data-parallel training
 EXTRAS = ("pos_cis", ".mask")  # buffers of older files
@@ -229,34 +230,8 @@ def write_weights(path, state, notes):
     replace_file(path, lambda f: torch.save(state, f))
 
 
-def write_json(path, content):
-    """A JSON file, as a person would like to read it."""
-    text = json.dumps(content, ensure_ascii=False, indent=1)
-    replace_file(path, lambda f: f.write(text.encode()))
-
-
-def replace_file(path, write):
-    """Calls write(open file) on a temporary file and puts it, once it is on disk, in the place of `path`.
-
-    OSError if there is no room or no right to write; `path` is then what it was. A process that is killed meanwhile leaves
-    the temporary file behind, to be overwritten by the next.
-    """
-    partial = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(partial, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    except RuntimeError as error:  # what torch.save makes of a file that could not be written
-        cause = error.__context__
-        raise cause if isinstance(cause, OSError) else error from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 if __name__ == "__main__":
-    from model.arguments import run_script
-    from model.doctor import main
+    from .doctor import main
+    from .errors import run_script
 
     run_script(main)

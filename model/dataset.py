@@ -23,9 +23,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from model.LMConfig import BadInput, BadRecord, LMConfig
-from model.model import positions_before_labels
-from model.vision_utils import read_pixels, refuse_pointer
+from .errors import BadInput, BadRecord
+from .files import refuse_pointer
+from .LMConfig import LMConfig
+from .model import positions_before_labels
+from .vision_utils import read_pixels
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 MOST_IN_A_ROW = 100  # bad records that are passed over for one good one
@@ -635,6 +637,6 @@ def main():
 
 
 if __name__ == "__main__":
-    from model.arguments import run_script
+    from model.errors import run_script
 
     run_script(main)

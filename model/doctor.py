@@ -24,7 +24,7 @@ import torch
 from packaging.requirements import Requirement
 from tqdm import tqdm
 
-from model.arguments import (
+from .arguments import (
     DATA,
     DEMO_DATA,
     DEMO_LLM,
@@ -34,11 +34,13 @@ from model.arguments import (
     model_sizes,
     parse_with_demo,
 )
-from model.checkpoint import PUBLISHED_TOKENIZER, load_tokenizer, load_vlm, read_notes, tokenizer_hash, weights_name
-from model.dataset import coco_prefix, parse_record, read_records, tokenizer_fields
-from model.LMConfig import BadInput, BadRecord, LMConfig
-from model.model_vlm import MiniMindVLM
-from model.vision_utils import load_vision, read_pixels, weights_in
+from .checkpoint import PUBLISHED_TOKENIZER, load_tokenizer, load_vlm, read_notes, tokenizer_hash, weights_name
+from .dataset import coco_prefix, parse_record, read_records, tokenizer_fields
+from .errors import BadInput, BadRecord
+from .files import weights_in
+from .LMConfig import LMConfig
+from .model_vlm import MiniMindVLM
+from .vision_utils import load_vision, read_pixels
 
 SAMPLE = 20  # records that are looked at besides the first and the last
 PICTURE = 32  # pixels on a side, to which those that are looked at are read

@@ -8,15 +8,14 @@ python -m model.export out/192_vlm_sft.pth demo-folder --with_vision --demo     
 
 import argparse
 import json
-import re
 import shutil
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
-from model.arguments import DEMO_MODEL, parse_with_demo, run_script
-from model.checkpoint import (
+from .arguments import DEMO_MODEL, parse_with_demo
+from .checkpoint import (
     PROJECTOR,
     TIED,
     load_tokenizer,
@@ -24,17 +23,18 @@ from model.checkpoint import (
     origin,
     read_notes,
     read_weights,
-    replace_file,
     sizes_of,
-    write_json,
     write_weights,
 )
-from model.dataset import tokenizer_fields
-from model.LMConfig import BadInput, LMConfig
-from model.model_vlm import MiniMindVLM
-from model.vision_utils import VISION, load_vision
+from .dataset import tokenizer_fields
+from .errors import BadInput, run_script
+from .files import replace_file, write_json
+from .LMConfig import LMConfig
+from .model_vlm import MiniMindVLM
+from .vision_utils import VISION, load_vision
 
-CODE = ("LMConfig", "model", "model_vlm", "vision_utils", "dataset", "hub")
+# what hub.py imports, which names its neighbours relatively, as a folder of code is loaded
+CODE = ("errors", "files", "LMConfig", "model", "model_vlm", "vision_utils", "dataset", "hub")
 AUTO_MAP = {
     "AutoConfig": "LMConfig.LMConfig",
     "AutoModelForCausalLM": "hub.MiniMindVForConditionalGeneration",
@@ -105,9 +105,7 @@ def export(weights, folder, tokenizer_path, vision_path, with_vision):
         },
     )
     for name in CODE:
-        code = (Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8")
-        code = re.sub(r"^from model\.", "from .", code, flags=re.MULTILINE)
-        (folder / f"{name}.py").write_text(code, encoding="utf-8")
+        shutil.copyfile(Path(__file__).parent / f"{name}.py", folder / f"{name}.py")
     for name in TOKENIZER_FILES:
         if (Path(tokenizer_path) / name).exists():
             shutil.copyfile(Path(tokenizer_path) / name, folder / name)

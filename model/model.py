@@ -10,7 +10,7 @@ from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from model.LMConfig import LMConfig
+from .LMConfig import LMConfig
 
 
 class RMSNorm(nn.Module):

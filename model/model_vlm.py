@@ -6,8 +6,8 @@ Shapes: B batch, T tokens, N images in the batch, P tokens per image, V vision w
 import torch
 from torch import nn
 
-from model.LMConfig import LMConfig
-from model.model import MiniMindLM
+from .LMConfig import LMConfig
+from .model import MiniMindLM
 
 
 class VisionProj(nn.Module):

@@ -12,8 +12,7 @@ import json
 import math
 from pathlib import Path
 
-from model.arguments import run_script
-from model.LMConfig import BadInput
+from .errors import BadInput, run_script
 
 PANELS = {"loss": ("loss", "val_loss"), "learning rate": ("lr",), "samples/s": ("samples_per_s",)}
 

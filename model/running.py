@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from model.LMConfig import BadInput
+from .errors import BadInput
 
 
 class Processes:

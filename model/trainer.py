@@ -20,18 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model.arguments import model_sizes, pick_dtype
-from model.checkpoint import (
-    PROJECTOR,
-    load_tokenizer,
-    load_vlm,
-    read_notes,
-    replace_file,
-    save_weights,
-    tokenizer_hash,
-    tokenizer_warning,
-)
-from model.dataset import (
+from .arguments import model_sizes, pick_dtype
+from .checkpoint import PROJECTOR, load_tokenizer, load_vlm, read_notes, save_weights, tokenizer_hash, tokenizer_warning
+from .dataset import (
     LengthBatches,
     Pictures,
     SortedBatches,
@@ -41,10 +32,12 @@ from model.dataset import (
     collate_pictures,
     tokenizer_fields,
 )
-from model.LMConfig import BadInput, LMConfig
-from model.model_vlm import MiniMindVLM
-from model.running import Log, Processes, Stop, ignore_signals, tell
-from model.vision_utils import FeatureCache, cache_key, load_vision
+from .errors import BadInput
+from .files import replace_file
+from .LMConfig import LMConfig
+from .model_vlm import MiniMindVLM
+from .running import Log, Processes, Stop, ignore_signals, tell
+from .vision_utils import FeatureCache, cache_key, load_vision
 
 # --- what a stage needs ---------------------------------------------------------------------------------------------
 

@@ -21,7 +21,9 @@ from PIL import ExifTags, Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.utils import logging as hf_logging
 
-from model.LMConfig import BadInput, BadRecord, LMConfig
+from .errors import BadInput, BadRecord
+from .files import read_object, refuse_pointer, weights_in
+from .LMConfig import LMConfig
 
 CLIPS = ("clip", "clip_vision_model")  # what a CLIP's config.json calls itself
 VISION = "vision_encoder."  # before the names of CLIP's tensors in a MiniMind-V folder that brings it
@@ -252,39 +254,6 @@ def bundled_vision(folder):
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise BadInput(f"the CLIP in {folder} could not be loaded: {str(error).splitlines()[0]}") from None
     return model
-
-
-# --- files of models ------------------------------------------------------------------------------------------------
-
-
-def read_object(path):
-    """The object in a JSON file; {} where there is no file. BadInput if it is not whole, or something else."""
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # not JSON, or not UTF-8
-        content = None
-    if not isinstance(content, dict):
-        raise BadInput(f"{path} is not a whole JSON object: copy or download it again")
-    return content
-
-
-def weights_in(folder):
-    """The file with the tensors in a transformers folder, or the index of several such files, or where it should be."""
-    names = ("model.safetensors", "pytorch_model.bin")
-    files = [folder / f"{name}{index}" for name in names for index in ("", ".index.json")]
-    return next((file for file in files if file.exists()), files[0])
-
-
-def refuse_pointer(path):
-    """BadInput if a file is the few lines that Git leaves in the place of a large one until Git LFS has fetched it.
-
-    What can't be opened is left to the loader to tell.
-    """
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        if file.read(24) == b"version https://git-lfs.":
-            raise BadInput(f"{path} is a Git LFS pointer and not yet the file: run `git lfs pull` in its folder")
 
 
 # --- cached features ------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from PIL import Image
 from test_resume import TORCHRUN, begin, digest, finish, log_lines, losses, place, run_whole, until  # noqa: F401
 
 from model.dataset import VLMDataset, collate, read_records, tokenizer_fields
-from model.LMConfig import BadInput, BadRecord, LMConfig
+from model.errors import BadInput, BadRecord
+from model.LMConfig import LMConfig
 
 RED = (255, 0, 0)
 

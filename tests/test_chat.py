@@ -13,7 +13,7 @@ from dataset import demo
 from model.chat import Chat, before, score
 from model.checkpoint import load_tokenizer
 from model.dataset import as_conversation
-from model.LMConfig import BadInput
+from model.errors import BadInput
 from model.model_vlm import find_placeholders
 
 GREEDY = {"temperature": 0}

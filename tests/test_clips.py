@@ -13,7 +13,7 @@ from PIL import Image
 from test_web import ask, flags, picture_url, question  # noqa: F401  flags is a fixture
 
 from dataset import demo
-from model.LMConfig import BadInput
+from model.errors import BadInput
 from model.vision_utils import evenly, read_frames, to_pixels
 from web_server import create_app
 

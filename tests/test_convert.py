@@ -9,10 +9,10 @@ from conftest import run_python, save_random_vlm
 from PIL import Image
 
 from dataset import convert, demo
-from model.arguments import run_script
 from model.checkpoint import read_notes
 from model.dataset import VLMDataset, tokenizer_fields
-from model.LMConfig import BadInput, LMConfig
+from model.errors import BadInput, run_script
+from model.LMConfig import LMConfig
 
 
 @pytest.fixture

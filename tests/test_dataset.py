@@ -22,7 +22,8 @@ from model.dataset import (
     parse_record,
     tokenizer_fields,
 )
-from model.LMConfig import BadInput, LMConfig
+from model.errors import BadInput
+from model.LMConfig import LMConfig
 
 
 def byte_tokenizer(texts, vocab_size=400):

@@ -10,7 +10,7 @@ from transformers import CLIPVisionModel
 
 from model.checkpoint import load_tokenizer
 from model.doctor import left_out, sample_of, unlike_published
-from model.LMConfig import BadRecord
+from model.errors import BadRecord
 
 CLIP, TOKENIZER = "model/clip_model/clip-vit-base-patch32", "model/minimind_tokenizer"
 SIZES = ["--dim", 64, "--n_layers", 2, "--n_heads", 4, "--n_kv_heads", 2]

@@ -20,7 +20,7 @@ from conftest import ROOT, heed_interrupts, run_python
 from test_scripts import PRETRAIN, Place, save_llm
 
 from model.checkpoint import read_notes, read_weights
-from model.LMConfig import BadInput
+from model.errors import BadInput
 from model.trainer import missed, read_state
 
 SETTINGS = ["--log_interval", 1, "--save_interval", 3, "--epochs", 3, "--learning_rate", 1e-3]  # 18 steps of 8 samples

@@ -10,7 +10,8 @@ from conftest import golden
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 
-from model.LMConfig import BadInput
+from model.errors import BadInput
+from model.files import weights_in
 from model.vision_utils import (
     FeatureCache,
     VisionEncoder,
@@ -20,7 +21,6 @@ from model.vision_utils import (
     read_pixels,
     to_pixels,
     to_rgb,
-    weights_in,
 )
 
 

@@ -22,7 +22,7 @@ from conftest import ROOT, heed_interrupts, run_python, say
 from PIL import Image
 
 from model.dataset import as_conversation
-from model.LMConfig import BadInput
+from model.errors import BadInput
 from web_server import create_app, make_server
 
 
