@@ -38,10 +38,10 @@ from werkzeug.serving import make_server
 
 from model.arguments import DEMO_MODEL, add_model_arguments, add_switch, parse_with_demo
 from model.chat import SETTINGS, Chat, add_chat_arguments, read_questions, settings_of
-from model.dataset import as_conversation, split_at_images
+from model.conversation import as_conversation, split_at_images
 from model.errors import BadInput, run_script
+from model.images import MAX_PIXELS, picture_frames, video_frames
 from model.plot import read_log
-from model.vision_utils import MAX_PIXELS, picture_frames, video_frames
 
 DEMO = {**DEMO_MODEL, "temperature": 0.0}  # the demo's questions have one right answer
 

@@ -23,12 +23,14 @@ from transformers import (
 
 from .arguments import model_sizes, pick_dtype
 from .checkpoint import load_tokenizer, load_vlm, read_notes, tokenizer_warning, weights_name
-from .dataset import as_conversation, encode_conversations, parse_record, read_records, tokenizer_fields
+from .conversation import as_conversation, encode_conversations, tokenizer_fields
+from .dataset import parse_record, read_records
 from .errors import BadInput
+from .images import read_frames, read_pixels
 from .LMConfig import LMConfig
 from .model import rotary_turns
 from .model_vlm import cover, find_placeholders
-from .vision_utils import has_vision, load_vision, read_frames, read_pixels
+from .vision_utils import has_vision, load_vision
 
 
 class Setting(NamedTuple):

@@ -35,12 +35,14 @@ from .arguments import (
     parse_with_demo,
 )
 from .checkpoint import PUBLISHED_TOKENIZER, load_tokenizer, load_vlm, read_notes, tokenizer_hash, weights_name
-from .dataset import coco_prefix, parse_record, read_records, tokenizer_fields
+from .conversation import tokenizer_fields
+from .dataset import coco_prefix, parse_record, read_records
 from .errors import BadInput, BadRecord
 from .files import weights_in
+from .images import read_pixels
 from .LMConfig import LMConfig
 from .model_vlm import MiniMindVLM
-from .vision_utils import load_vision, read_pixels
+from .vision_utils import load_vision
 
 SAMPLE = 20  # records that are looked at besides the first and the last
 PICTURE = 32  # pixels on a side, to which those that are looked at are read

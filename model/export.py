@@ -26,7 +26,7 @@ from .checkpoint import (
     sizes_of,
     write_weights,
 )
-from .dataset import tokenizer_fields
+from .conversation import tokenizer_fields
 from .errors import BadInput, run_script
 from .files import replace_file, write_json
 from .LMConfig import LMConfig
@@ -34,7 +34,7 @@ from .model_vlm import MiniMindVLM
 from .vision_utils import VISION, load_vision
 
 # what hub.py imports, which names its neighbours relatively, as a folder of code is loaded
-CODE = ("errors", "files", "LMConfig", "model", "model_vlm", "vision_utils", "dataset", "hub")
+CODE = ("errors", "LMConfig", "model", "model_vlm", "conversation", "images", "hub")
 AUTO_MAP = {
     "AutoConfig": "LMConfig.LMConfig",
     "AutoModelForCausalLM": "hub.MiniMindVForConditionalGeneration",

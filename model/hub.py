@@ -8,10 +8,10 @@ Shapes: B batch, T tokens, N images in the batch, S their size in pixels, P toke
 import torch
 from transformers import BatchFeature, CLIPVisionConfig, CLIPVisionModel, ProcessorMixin
 
-from .dataset import as_conversation, encode_conversations, tokenizer_fields
+from .conversation import as_conversation, encode_conversations, tokenizer_fields
+from .images import normalise, to_pixels
 from .LMConfig import LMConfig
 from .model_vlm import MiniMindVLM
-from .vision_utils import normalise, to_pixels
 
 
 class MiniMindVForConditionalGeneration(MiniMindVLM):

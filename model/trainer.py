@@ -22,16 +22,8 @@ from tqdm import tqdm
 
 from .arguments import model_sizes, pick_dtype
 from .checkpoint import PROJECTOR, load_tokenizer, load_vlm, read_notes, save_weights, tokenizer_hash, tokenizer_warning
-from .dataset import (
-    LengthBatches,
-    Pictures,
-    SortedBatches,
-    TokenBatches,
-    VLMDataset,
-    collate,
-    collate_pictures,
-    tokenizer_fields,
-)
+from .conversation import tokenizer_fields
+from .dataset import LengthBatches, Pictures, SortedBatches, TokenBatches, VLMDataset, collate, collate_pictures
 from .errors import BadInput
 from .files import replace_file
 from .LMConfig import LMConfig

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from dataset import demo
 from model.chat import Chat
 from model.checkpoint import load_tokenizer, save_weights
-from model.dataset import tokenizer_fields
+from model.conversation import tokenizer_fields
 from model.LMConfig import LMConfig
 from model.model_vlm import MiniMindVLM
 

@@ -11,7 +11,8 @@ from conftest import run_python
 from PIL import Image
 from test_resume import TORCHRUN, begin, digest, finish, log_lines, losses, place, run_whole, until  # noqa: F401
 
-from model.dataset import VLMDataset, collate, read_records, tokenizer_fields
+from model.conversation import tokenizer_fields
+from model.dataset import VLMDataset, collate, read_records
 from model.errors import BadInput, BadRecord
 from model.LMConfig import LMConfig
 

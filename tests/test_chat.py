@@ -12,7 +12,7 @@ from transformers import StaticCache, TextIteratorStreamer
 from dataset import demo
 from model.chat import Chat, before, score
 from model.checkpoint import load_tokenizer
-from model.dataset import as_conversation
+from model.conversation import as_conversation
 from model.errors import BadInput
 from model.model_vlm import find_placeholders
 

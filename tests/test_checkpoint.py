@@ -15,7 +15,7 @@ from test_model import feature, golden_model
 
 from model.chat import Chat
 from model.checkpoint import load_tokenizer, load_vlm, save_weights, tokenizer_hash
-from model.dataset import tokenizer_fields
+from model.conversation import tokenizer_fields
 from model.errors import BadInput
 from model.LMConfig import LMConfig
 from model.model_vlm import MiniMindVLM

@@ -14,7 +14,7 @@ from test_web import ask, flags, picture_url, question  # noqa: F401  flags is a
 
 from dataset import demo
 from model.errors import BadInput
-from model.vision_utils import evenly, read_frames, to_pixels
+from model.images import evenly, read_frames, to_pixels
 from web_server import create_app
 
 

@@ -10,7 +10,8 @@ from PIL import Image
 
 from dataset import convert, demo
 from model.checkpoint import read_notes
-from model.dataset import VLMDataset, tokenizer_fields
+from model.conversation import tokenizer_fields
+from model.dataset import VLMDataset
 from model.errors import BadInput, run_script
 from model.LMConfig import LMConfig
 

@@ -12,16 +12,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from dataset import demo
-from model.dataset import (
-    LengthBatches,
-    TokenBatches,
-    VLMDataset,
-    collate,
-    encode,
-    encode_conversations,
-    parse_record,
-    tokenizer_fields,
-)
+from model.conversation import encode, encode_conversations, tokenizer_fields
+from model.dataset import LengthBatches, TokenBatches, VLMDataset, collate, parse_record
 from model.errors import BadInput
 from model.LMConfig import LMConfig
 

@@ -9,7 +9,7 @@ from conftest import ROOT, run_python
 
 from dataset import demo
 from model.checkpoint import read_weights
-from model.dataset import tokenizer_fields
+from model.conversation import tokenizer_fields
 from model.demo.make_clip import WORDS, features_of, numbers
 from model.demo.make_llm import SIZES, score
 from model.LMConfig import LMConfig

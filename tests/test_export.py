@@ -13,10 +13,10 @@ from test_checkpoint import formula_file
 from test_web import data_url, question
 
 from model.chat import Chat
-from model.dataset import as_conversation, encode_conversations
+from model.conversation import as_conversation, encode_conversations
 from model.export import EXAMPLE
 from model.hub import MiniMindVForConditionalGeneration, MiniMindVProcessor
-from model.vision_utils import read_pixels
+from model.images import read_pixels
 from web_server import create_app
 
 

@@ -13,7 +13,7 @@ from conftest import ROOT, heed_interrupts
 
 from dataset import demo
 from model.checkpoint import load_tokenizer, save_weights
-from model.dataset import tokenizer_fields
+from model.conversation import tokenizer_fields
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
 from model.model_vlm import MiniMindVLM

@@ -17,7 +17,7 @@ from dataset import demo
 from model.arguments import default_device, pick_dtype
 from model.chat import Chat
 from model.checkpoint import read_notes, read_weights
-from model.dataset import tokenizer_fields
+from model.conversation import tokenizer_fields
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
 from model.trainer import learning_rate_at

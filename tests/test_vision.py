@@ -12,16 +12,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 
 from model.errors import BadInput
 from model.files import weights_in
-from model.vision_utils import (
-    FeatureCache,
-    VisionEncoder,
-    cache_key,
-    load_vision,
-    normalise,
-    read_pixels,
-    to_pixels,
-    to_rgb,
-)
+from model.images import normalise, read_pixels, to_pixels, to_rgb
+from model.vision_utils import FeatureCache, VisionEncoder, cache_key, load_vision
 
 
 def gradient(width=300, height=200):

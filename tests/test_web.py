@@ -21,7 +21,7 @@ import pytest
 from conftest import ROOT, heed_interrupts, run_python, say
 from PIL import Image
 
-from model.dataset import as_conversation
+from model.conversation import as_conversation
 from model.errors import BadInput
 from web_server import create_app, make_server
 

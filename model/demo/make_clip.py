@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from dataset import demo
-from model.dataset import encode
-from model.vision_utils import VisionEncoder, normalise, to_pixels
+from model.conversation import encode
+from model.images import normalise, to_pixels
+from model.vision_utils import VisionEncoder
 
 FOLDER = Path(__file__).parent
 WIDTH, LAYERS = 128, 4

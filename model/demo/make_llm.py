@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from dataset import demo
 from model.checkpoint import origin, write_weights
-from model.dataset import encode_conversations
+from model.conversation import encode_conversations
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
 

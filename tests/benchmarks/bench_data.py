@@ -22,9 +22,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from model.checkpoint import load_tokenizer
-from model.dataset import LengthBatches, VLMDataset, collate, encode_conversations, parse_record, tokenizer_fields
+from model.conversation import encode_conversations, tokenizer_fields
+from model.dataset import LengthBatches, VLMDataset, collate, parse_record
+from model.images import read_pixels
 from model.LMConfig import LMConfig
-from model.vision_utils import read_pixels
 
 SIZES = [(128, 128), (640, 480), (1600, 1200), (4032, 3024)]
 

@@ -29,7 +29,7 @@ from torch import nn
 
 from model.chat import Chat
 from model.checkpoint import load_tokenizer, save_weights
-from model.dataset import as_conversation, tokenizer_fields
+from model.conversation import as_conversation, tokenizer_fields
 from model.LMConfig import LMConfig
 from model.model_vlm import MiniMindVLM
 

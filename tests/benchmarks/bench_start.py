@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader
 
 from dataset import demo
 from model.checkpoint import load_tokenizer
-from model.dataset import LengthBatches, VLMDataset, collate, tokenizer_fields
+from model.conversation import tokenizer_fields
+from model.dataset import LengthBatches, VLMDataset, collate
 from model.LMConfig import LMConfig
 
 

@@ -28,9 +28,9 @@ from made_up import device_name, make_files, peak_memory, roofs, synchronize  # 
 from transformers import CLIPConfig, CLIPModel
 
 from model.arguments import add_training_arguments, pick_dtype
+from model.images import normalise, read_pixels
 from model.running import Processes, Stop
 from model.trainer import Run, grouped, open_cache, prepare
-from model.vision_utils import normalise, read_pixels
 
 
 class Laps:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from dataset import demo
 from model.chat import Chat
-from model.vision_utils import to_pixels
+from model.images import to_pixels
 
 QUESTIONS = {"colour": "{}什么颜色？", "shape": "{}什么形状？", "size": "{}有多大？", "place": "{}在哪里？"}
 WAYS = {"place": ("colour", "shape", "size"), "colour": ("shape", "place"), "shape": ("colour", "size", "place")}

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from dataset import demo
-from model.dataset import encode
+from model.conversation import encode
 
 
 def words(rng, count):
