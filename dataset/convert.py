@@ -25,12 +25,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from model.dataset import parse_record
 from model.errors import BadInput, run_script
 from model.files import replace_file
 from model.LMConfig import LMConfig
 
-from .demo import CAPTION_PROMPTS, record
+from .records import CAPTION_PROMPT, parse_record, record
 
 COLUMNS = ("image", "caption", "answer", "question")
 SHOWN = 10  # bad lines told at once
@@ -164,7 +163,7 @@ def main():
     parser.add_argument("source", type=Path, help="the CSV or JSONL file")
     parser.add_argument("folder", type=Path, help="where its pictures are")
     parser.add_argument("target", type=Path, help="the JSON file to write")
-    parser.add_argument("--question", default=CAPTION_PROMPTS[0], help="where a row has none (default %(default)s)")
+    parser.add_argument("--question", default=CAPTION_PROMPT, help="where a row has none (default %(default)s)")
     args = parser.parse_args()
     records, pictures, unused = convert(args.source, args.folder, args.question)
     content = json.dumps(records, ensure_ascii=False, indent=1).encode()

@@ -25,6 +25,8 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
+from .records import CAPTION_PROMPT, record
+
 FOLDER = Path("dataset/demo_world")
 COLOURS = {
     "红色": (222, 45, 45),
@@ -140,7 +142,7 @@ def draw(scene, rng, places=PLACES):
 
 # --- captions -------------------------------------------------------------------------------------------------------
 
-CAPTION_PROMPTS = ["描述这张图片。", "图中有什么？", "请说明画面内容。", "看图说话。"]
+CAPTION_PROMPTS = [CAPTION_PROMPT, "图中有什么？", "请说明画面内容。", "看图说话。"]
 # The demo's Chinese is that of telegrams: what is known stands directly before what it tells ("左上角红色大圆形"), never a
 # filling word between. A model this small finds what belongs to the word it has just read ("左上角") within a minute of
 # training; to use a word that stands one or two further back ("左上角有一个红色的...") it did not learn in an hour.
@@ -350,14 +352,6 @@ def animation(rng, split="train", kinds=CLIP_EDITS):
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
-
-
-def record(images, turns, **extra):
-    """One record of the published JSON formats; turns are (question, answer) pairs, images their file names."""
-    conversations = []
-    for asked, answer in turns:
-        conversations += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-    return {**extra, "image": ", ".join(images), "conversations": conversations}
 
 
 class World:

@@ -21,10 +21,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from dataset.records import parse_record, read_records
+
 from .arguments import model_sizes, pick_dtype
 from .checkpoint import load_tokenizer, load_vlm, read_notes, tokenizer_warning, weights_name
 from .conversation import as_conversation, encode_conversations, tokenizer_fields
-from .dataset import parse_record, read_records
 from .errors import BadInput
 from .images import read_frames, read_pixels
 from .LMConfig import LMConfig

@@ -4,8 +4,8 @@ python -m model.checkpoint --doctor                             # for 512+8
 python -m model.checkpoint --doctor --dim 768 --n_layers 16     # for what these flags would train
 python -m model.checkpoint --doctor --demo                      # for the demo
 
-Weights are read whole, and of each data set all records but only a few pictures: `python -m model.dataset --check` opens
-them all. The exit code is 0 if 1-pretrain_vlm.py can be run.
+Weights are read whole, and of each data set all records but only a few pictures: `python -m dataset.check` opens them
+all. The exit code is 0 if 1-pretrain_vlm.py can be run.
 """
 
 import argparse
@@ -24,6 +24,8 @@ import torch
 from packaging.requirements import Requirement
 from tqdm import tqdm
 
+from dataset.records import coco_prefix, parse_record, read_records
+
 from .arguments import (
     DATA,
     DEMO_DATA,
@@ -36,7 +38,6 @@ from .arguments import (
 )
 from .checkpoint import PUBLISHED_TOKENIZER, load_tokenizer, load_vlm, read_notes, tokenizer_hash, weights_name
 from .conversation import tokenizer_fields
-from .dataset import coco_prefix, parse_record, read_records
 from .errors import BadInput, BadRecord
 from .files import weights_in
 from .images import read_pixels

@@ -20,10 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from dataset.batches import LengthBatches, SortedBatches, TokenBatches
+from dataset.dataset import Pictures, VLMDataset, collate, collate_pictures
+
 from .arguments import model_sizes, pick_dtype
 from .checkpoint import PROJECTOR, load_tokenizer, load_vlm, read_notes, save_weights, tokenizer_hash, tokenizer_warning
 from .conversation import tokenizer_fields
-from .dataset import LengthBatches, Pictures, SortedBatches, TokenBatches, VLMDataset, collate, collate_pictures
 from .errors import BadInput
 from .files import replace_file
 from .LMConfig import LMConfig

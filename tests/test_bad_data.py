@@ -11,8 +11,9 @@ from conftest import run_python
 from PIL import Image
 from test_resume import TORCHRUN, begin, digest, finish, log_lines, losses, place, run_whole, until  # noqa: F401
 
+from dataset.dataset import VLMDataset, collate
+from dataset.records import read_records
 from model.conversation import tokenizer_fields
-from model.dataset import VLMDataset, collate, read_records
 from model.errors import BadInput, BadRecord
 from model.LMConfig import LMConfig
 
@@ -216,7 +217,7 @@ def test_records_come_whole_out_of_a_file_read_in_parts(tmp_path, monkeypatch):
     for indent in (None, 1):
         path.write_text("\ufeff \n" + json.dumps(records, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
         for size in (3, 7, 100, 10**6):
-            monkeypatch.setattr("model.dataset.CHUNK", size)
+            monkeypatch.setattr("dataset.records.CHUNK", size)
             assert list(read_records(path)) == records
 
 
@@ -294,7 +295,7 @@ def test_too_much_is_too_much(spoilt, flags, says):
 
 def test_a_file_is_checked_beforehand(spoilt):
     flags = ["--images_path", spoilt.world / "images", "--tokenizer_path", "model/demo"]
-    code, out, err = run_python("-m", "model.dataset", "--check", spoilt.world / "pretrain.json", *flags)
+    code, out, err = run_python("-m", "dataset.check", spoilt.world / "pretrain.json", *flags)
     assert code == 1 and "Traceback" not in err
     assert "47 records, 44 can be used" in out and "100%" in err
     for reason, count in COUNTED.items():
@@ -302,7 +303,7 @@ def test_a_file_is_checked_beforehand(spoilt):
     assert sum(int(line.split()[3]) for line in out.splitlines() if " to " in line and "#" in line) == 46
     good = spoilt.world / "good.json"
     good.write_text(json.dumps(json.loads((spoilt.world / "pretrain.json").read_text())[:10]))
-    code, out, err = run_python("-m", "model.dataset", "--check", good, *flags)
+    code, out, err = run_python("-m", "dataset.check", good, *flags)
     assert code == 0 and "10 records, 10 can be used" in out
-    code, out, err = run_python("-m", "model.dataset", "--check", good, *flags, "--max_seq_len", 80)
+    code, out, err = run_python("-m", "dataset.check", good, *flags, "--max_seq_len", 80)
     assert "are cut off" in out

@@ -9,9 +9,9 @@ from conftest import run_python, save_random_vlm
 from PIL import Image
 
 from dataset import convert, demo
+from dataset.dataset import VLMDataset
 from model.checkpoint import read_notes
 from model.conversation import tokenizer_fields
-from model.dataset import VLMDataset
 from model.errors import BadInput, run_script
 from model.LMConfig import LMConfig
 

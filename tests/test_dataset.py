@@ -12,8 +12,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from dataset import demo
+from dataset.batches import LengthBatches, TokenBatches
+from dataset.dataset import VLMDataset, collate
+from dataset.records import parse_record
 from model.conversation import encode, encode_conversations, tokenizer_fields
-from model.dataset import LengthBatches, TokenBatches, VLMDataset, collate, parse_record
 from model.errors import BadInput
 from model.LMConfig import LMConfig
 

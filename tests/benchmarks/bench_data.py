@@ -21,9 +21,11 @@ from made_up import make_files  # puts the repository on the path
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from dataset.batches import LengthBatches
+from dataset.dataset import VLMDataset, collate
+from dataset.records import parse_record
 from model.checkpoint import load_tokenizer
 from model.conversation import encode_conversations, tokenizer_fields
-from model.dataset import LengthBatches, VLMDataset, collate, parse_record
 from model.images import read_pixels
 from model.LMConfig import LMConfig
 

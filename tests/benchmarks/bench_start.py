@@ -24,9 +24,10 @@ from made_up import make_files, words  # puts the repository on the path
 from torch.utils.data import DataLoader
 
 from dataset import demo
+from dataset.batches import LengthBatches
+from dataset.dataset import VLMDataset, collate
 from model.checkpoint import load_tokenizer
 from model.conversation import tokenizer_fields
-from model.dataset import LengthBatches, VLMDataset, collate
 from model.LMConfig import LMConfig
 
 

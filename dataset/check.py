@@ -1,0 +1,72 @@
+"""Reads a whole file of records and all its pictures, before a training does, and tells what can't be used, and why.
+
+python -m dataset.check dataset/pretrain_vlm_data.json --images_path dataset/pretrain_images
+"""
+
+import argparse
+import math
+import os
+import sys
+
+import numpy as np
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from model.arguments import DEMO_MODEL, parse_with_demo
+from model.checkpoint import load_tokenizer
+from model.conversation import tokenizer_fields
+from model.errors import BadRecord, run_script
+from model.LMConfig import LMConfig
+
+from .dataset import Pictures, VLMDataset, collate_pictures
+
+
+def check(dataset, workers):
+    """Opens all pictures of a VLMDataset, and adds to its `problems` the records whose pictures can't be read."""
+    pictures = Pictures(dataset)
+    loader = DataLoader(pictures, batch_size=64, collate_fn=collate_pictures, num_workers=workers)
+    bad = {}
+    with tqdm(total=len(pictures), unit="picture", desc="pictures") as bar:
+        for pixels, problems in loader:
+            bad.update((bar.n + i, BadRecord(*problem)) for i, problem in enumerate(problems) if problem)
+            bar.update(len(pixels))
+    for index, number in enumerate(dataset.numbers.tolist()):
+        for row in bad.keys() & set(dataset.rows[index].tolist()):
+            dataset.problems.add(bad[row], number)
+
+
+def report(dataset):
+    """What `check` found, and how long the records are, as text."""
+    numbers = dataset.problems.numbers
+    good = dataset.problems.total - len(set().union(*numbers.values()))
+    lines = [f"{dataset.problems.total:,} records, {good:,} can be used"]
+    lines += [f"  {len(some):,} left out: {reason}" for reason, some in numbers.items()]
+    lengths = dataset.lengths
+    lines.append(f"{lengths.sum():,} tokens, {lengths.mean():.0f} a record, of which {dataset.cut_off:,} are cut off")
+    counts, edges = np.histogram(lengths, bins=np.arange(0, lengths.max() + 32, 32))
+    for count, edge in zip(counts, edges, strict=False):
+        if count:
+            lines.append(f"  {edge:>5} to {edge + 31:<5}{count:>10,}  {'#' * math.ceil(60 * count / counts.max())}")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", metavar="FILE", help="the JSON file of records")
+    parser.add_argument("--images_path", default="dataset/pretrain_images", help="folder of its pictures")
+    parser.add_argument("--tokenizer_path", default="model/minimind_tokenizer", help="folder of the tokenizer")
+    parser.add_argument("--max_seq_len", type=int, default=512, help="as in training")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes that read pictures")
+    demo = {name: DEMO_MODEL[name] for name in ("images_path", "tokenizer_path")}
+    args = parse_with_demo(parser, demo)
+    tokenizer = load_tokenizer(args.tokenizer_path)
+    config = LMConfig(**tokenizer_fields(tokenizer))
+    strictness = {"strict": False, "most": 1.0, "tell": tqdm.write}
+    dataset = VLMDataset(args.file, args.images_path, tokenizer, config, args.max_seq_len, 32, **strictness)
+    check(dataset, args.num_workers)
+    print(report(dataset))
+    sys.exit(bool(dataset.problems.count))
+
+
+if __name__ == "__main__":
+    run_script(main)
