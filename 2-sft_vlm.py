@@ -11,9 +11,10 @@ import argparse
 from pathlib import Path
 
 from dataset import demo
-from model.arguments import DATA, DEMO_DATA, DEMO_MODEL, add_switch, add_training_arguments, parse_with_demo
+from model.arguments import add_switch, add_training_arguments, parse_with_demo
 from model.checkpoint import weights_name
 from model.errors import run_script
+from model.stages import DATA, DEMO_DATA, DEMO_MODEL
 from model.trainer import train
 
 DEMO = {

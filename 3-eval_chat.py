@@ -15,9 +15,11 @@ import sys
 from pathlib import Path
 
 from dataset import demo
-from model.arguments import DEMO_MODEL, add_model_arguments, add_switch, parse_with_demo
-from model.chat import SETTINGS, Chat, add_chat_arguments, read_questions, score, settings_of
+from model.arguments import add_chat_arguments, add_model_arguments, add_switch, load_chat, parse_with_demo, settings_of
 from model.errors import BadInput, run_script
+from model.generate import SETTINGS
+from model.score import read_questions, score
+from model.stages import DEMO_MODEL
 
 DEMO = {
     **DEMO_MODEL,
@@ -166,7 +168,7 @@ def main():
     parser.add_argument("--images_path", default="dataset/sft_images", help="folder of the pictures of --score")
     given, _ = parser.parse_known_args()
     args = parse_with_demo(parser, DEMO_MULTI if given.multi else DEMO)
-    chat = Chat.from_arguments(args)
+    chat = load_chat(args)
     print(chat.loaded)
     folder = Path("dataset/eval_multi_images" if args.multi else "dataset/eval_images")
     if not (args.all or given.score) and sys.stdin.isatty() and sys.stdout.isatty():

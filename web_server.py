@@ -36,12 +36,14 @@ from PIL import Image, UnidentifiedImageError
 from werkzeug.exceptions import HTTPException, NotFound, RequestEntityTooLarge, ServiceUnavailable, UnsupportedMediaType
 from werkzeug.serving import make_server
 
-from model.arguments import DEMO_MODEL, add_model_arguments, add_switch, parse_with_demo
-from model.chat import SETTINGS, Chat, add_chat_arguments, read_questions, settings_of
+from model.arguments import add_chat_arguments, add_model_arguments, add_switch, load_chat, parse_with_demo, settings_of
 from model.conversation import as_conversation, split_at_images
 from model.errors import BadInput, run_script
+from model.generate import SETTINGS
 from model.images import MAX_PIXELS, picture_frames, video_frames
 from model.plot import read_log
+from model.score import read_questions
+from model.stages import DEMO_MODEL
 
 DEMO = {**DEMO_MODEL, "temperature": 0.0}  # the demo's questions have one right answer
 
@@ -308,7 +310,7 @@ def create_app(*flags):
     if args.watch:
         app.add_url_rule("/", view_func=lambda: redirect("training"))
         return app
-    chat = Chat.from_arguments(args)
+    chat = load_chat(args)
     chat.warm_up()
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # read_medium has a limit of its own
     app.config["MAX_CONTENT_LENGTH"] = MAX_REQUEST

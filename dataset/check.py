@@ -12,11 +12,12 @@ import numpy as np
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model.arguments import DEMO_MODEL, parse_with_demo
+from model.arguments import parse_with_demo
 from model.checkpoint import load_tokenizer
 from model.conversation import tokenizer_fields
 from model.errors import BadRecord, run_script
 from model.LMConfig import LMConfig
+from model.stages import DEMO_MODEL
 
 from .dataset import Pictures, VLMDataset, collate_pictures
 

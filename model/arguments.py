@@ -2,29 +2,16 @@
 
 import argparse
 import os
+from functools import partial
+from pathlib import Path
 
 import torch
 
-# the demo's preset of the arguments that training and chatting share
-DEMO_MODEL = {
-    "dim": 192,
-    "n_layers": 4,
-    "n_heads": 6,
-    "n_kv_heads": 3,
-    "vision_path": "model/demo",
-    "tokenizer_path": "model/demo",
-    "images_path": "dataset/demo_world/images",
-}
-DEMO_LLM = "model/demo/192_llm.pth"  # what its first stage starts from
-# what each stage reads, unless told otherwise
-DATA = {
-    "pretrain": {"data_path": "dataset/pretrain_vlm_data.json", "images_path": "dataset/pretrain_images"},
-    "sft": {"data_path": "dataset/sft_vlm_data.json", "images_path": "dataset/sft_images"},
-    "sft_multi": {"data_path": "dataset/sft_multi_vlm_data.json", "images_path": "dataset/sft_multi_images"},
-}
-DEMO_DATA = {
-    stage: {"data_path": f"dataset/demo_world/{stage}.json", "images_path": DEMO_MODEL["images_path"]} for stage in DATA
-}
+from .chat import Chat
+from .checkpoint import weights_name
+from .errors import BadInput
+from .generate import SETTINGS
+
 MAX_BAD_FRACTION = 0.05  # of the records, which a training leaves out
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -137,3 +124,58 @@ def pick_dtype(name, device):
     if device.startswith("cuda"):
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.float32
+
+
+def add_chat_arguments(parser):
+    """The arguments of a program that answers: which weights, and how answers are drawn."""
+    parser.add_argument(
+        "--weights",
+        help="a .pth file or a transformers folder (default: stage 2's, or with --multi stage 3's, in out_dir)",
+    )
+    parser.add_argument(
+        "--max_frames",
+        type=int,
+        default=8,
+        help="frames taken of a clip, as many as the context holds (default %(default)s)",
+    )
+    parser.add_argument("--quantize", choices=["int8"], help="keep weights in 8 bits (CPU only)")
+    for name, setting in SETTINGS.items():
+        default = "" if setting.default is None else " (default %(default)s)"
+        parser.add_argument(
+            f"--{name}", default=setting.default, type=partial(read_flag, name), help=setting.help + default
+        )
+
+
+def read_flag(name, text):
+    """A setting's value on the command line."""
+    try:
+        return SETTINGS[name].read(name, text)
+    except BadInput as problem:
+        raise argparse.ArgumentTypeError(str(problem)) from None
+
+
+def load_chat(args):
+    """The `Chat` that the command line asks for. BadInput says which stage to run where its weights are missing."""
+    weights = args.weights
+    if not weights:
+        weights = Path(args.out_dir) / weights_name(args, "vlm_sft_multi" if args.multi else "vlm_sft")
+        if args.demo and not weights.exists():
+            stages = "python 1-pretrain_vlm.py --demo && python 2-sft_vlm.py --demo"
+            more = " && python 2-sft_vlm.py --demo --multi" if args.multi else ""
+            raise BadInput(f"{weights} not found: train the demo first, with {stages}{more}")
+    dtype, int8 = pick_dtype(args.dtype, args.device), args.quantize == "int8"
+    return Chat(
+        weights,
+        args.vision_path,
+        args.tokenizer_path,
+        args.device,
+        dtype,
+        int8,
+        args.max_frames,
+        **model_sizes(args),
+    )
+
+
+def settings_of(args):
+    """The options of `Chat.stream` that were chosen on the command line."""
+    return {name: getattr(args, name) for name in SETTINGS}

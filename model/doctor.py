@@ -18,7 +18,6 @@ from functools import partial
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from packaging.requirements import Requirement
@@ -26,16 +25,7 @@ from tqdm import tqdm
 
 from dataset.records import coco_prefix, parse_record, read_records
 
-from .arguments import (
-    DATA,
-    DEMO_DATA,
-    DEMO_LLM,
-    DEMO_MODEL,
-    MAX_BAD_FRACTION,
-    add_model_arguments,
-    model_sizes,
-    parse_with_demo,
-)
+from .arguments import MAX_BAD_FRACTION, add_model_arguments, model_sizes, parse_with_demo
 from .checkpoint import PUBLISHED_TOKENIZER, load_tokenizer, load_vlm, read_notes, tokenizer_hash, weights_name
 from .conversation import tokenizer_fields
 from .errors import BadInput, BadRecord
@@ -43,6 +33,7 @@ from .files import weights_in
 from .images import read_pixels
 from .LMConfig import LMConfig
 from .model_vlm import MiniMindVLM
+from .stages import DATA, DEMO_DATA, DEMO_LLM, DEMO_MODEL, SCRIPTS
 from .vision_utils import load_vision
 
 SAMPLE = 20  # records that are looked at besides the first and the last
@@ -50,22 +41,6 @@ PICTURE = 32  # pixels on a side, to which those that are looked at are read
 # on disk for each parameter: weights, resume state (with Adam's two), and the copy that replaces it
 BYTES = 4 + 12 + 12
 PUBLISHED_IDS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<": 30, ">": 32}
-
-
-class Script(NamedTuple):
-    """What a script starts from, reads and makes, by the names of stages."""
-
-    weights: str
-    data: str | None = None
-    makes: str | None = None
-
-
-SCRIPTS = {
-    "1-pretrain_vlm.py": Script("llm", "pretrain", "vlm_pretrain"),
-    "2-sft_vlm.py": Script("vlm_pretrain", "sft", "vlm_sft"),
-    "2-sft_vlm.py --multi": Script("vlm_sft", "sft_multi", "vlm_sft_multi"),
-    "3-eval_chat.py": Script("vlm_sft"),
-}
 
 
 # --- single things --------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from .arguments import DEMO_MODEL, parse_with_demo
+from .arguments import parse_with_demo
 from .checkpoint import (
     PROJECTOR,
     TIED,
@@ -31,6 +31,7 @@ from .errors import BadInput, run_script
 from .files import replace_file, write_json
 from .LMConfig import LMConfig
 from .model_vlm import MiniMindVLM
+from .stages import DEMO_MODEL
 from .vision_utils import VISION, load_vision
 
 # what hub.py imports, which names its neighbours relatively, as a folder of code is loaded

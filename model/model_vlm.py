@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .LMConfig import LMConfig
-from .model import MiniMindLM
+from .model import MiniMindLM, rotary_turns
 
 
 class VisionProj(nn.Module):
@@ -54,6 +54,33 @@ class MiniMindVLM(MiniMindLM):
         places = cover(starts, images, self.config.image_tokens)
         # not masked_scatter, for whose gradient the host waits for a GPU
         return embeddings.flatten(0, 1).index_put((places,), projected.flatten(0, 1)).view_as(embeddings)
+
+    @torch.inference_mode()
+    def attention_maps(self, input_ids, image_features, token_ids):
+        """How attention was spread over the pictures as each token of an answer was written: (layers, A, N, P).
+
+        input_ids (1, T): the question; token_ids: the A tokens of its answer. Each value is the share of attention,
+        averaged over heads, that the position which predicted the token paid to one vector of one picture; a row sums to
+        less than 1, as the text before it gets the rest. Only these A rows are ever computed, not T x T.
+        """
+        config = self.config
+        first = input_ids.shape[1] - 1  # the last position of the question predicts the first token of the answer
+        written = torch.tensor([token_ids[:-1]], dtype=torch.long, device=input_ids.device)
+        x = torch.cat([self.embed(input_ids, image_features), self.tok_embeddings(written)], dim=1)
+        places = torch.arange(x.shape[1], device=x.device)
+        rotary = rotary_turns(places[None], config.head_dim, config.rope_theta)
+        future = places > places[first:, None]  # (A, T)
+        starts = find_placeholders(input_ids, config.image_ids)
+        on_image = cover(starts, len(image_features), config.image_tokens)
+        maps = []
+        for layer in self.layers:
+            q, k, _ = layer.attention.project(layer.attention_norm(x), rotary)
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (1, H, T, C)
+            scores = q[0, :, first:] @ k[0].mT / config.head_dim**0.5  # (H, A, T)
+            shares = scores.float().masked_fill(future, -torch.inf).softmax(dim=-1).mean(dim=0)  # (A, T)
+            maps.append(shares[:, on_image].unflatten(1, (-1, config.image_tokens)))
+            x, _ = layer(x, rotary, None, None, None)
+        return torch.stack(maps)
 
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, image_features=None, **kwargs):
         """For transformers' `generate`: the pictures are needed once, with the prompt; later steps find them in the cache."""

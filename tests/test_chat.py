@@ -10,11 +10,13 @@ from conftest import ROOT, say
 from transformers import StaticCache, TextIteratorStreamer
 
 from dataset import demo
-from model.chat import Chat, before, score
+from model.chat import Chat
 from model.checkpoint import load_tokenizer
 from model.conversation import as_conversation
 from model.errors import BadInput
+from model.generate import before
 from model.model_vlm import find_placeholders
+from model.score import score
 
 GREEDY = {"temperature": 0}
 

@@ -333,7 +333,7 @@ def test_pictures_at_hand_may_have_any_name(app, flags, pictures, tmp_path, monk
     name = "50% #1?.jpg"
     (folder / name).write_bytes(pictures[0].read_bytes())
     (folder / "questions.json").write_text(json.dumps([[[name], "<image>\n?"]]))
-    monkeypatch.setattr("model.chat.Chat.from_arguments", lambda args: app.chat)
+    monkeypatch.setattr("web_server.load_chat", lambda args: app.chat)
     monkeypatch.chdir(tmp_path)
     client = create_app(*flags).test_client()
     (sample,) = client.get("/info").get_json()["samples"]

@@ -1,0 +1,164 @@
+"""How an answer is drawn: what may be set, the cache of keys and values, and the text as it is written."""
+
+import time
+from typing import NamedTuple
+
+import torch
+
+from .errors import BadInput
+from .LMConfig import LMConfig
+
+
+class Setting(NamedTuple):
+    """What a person may choose of how an answer is drawn."""
+
+    kind: type
+    least: float
+    most: float
+    default: float | None
+    help: str
+
+    def read(self, name, value):
+        """A number, or text that stands for one, as this setting's value; BadInput if it is none or out of range."""
+        try:
+            number = self.kind(value)
+            fraction = isinstance(value, float) and number != value
+            if isinstance(value, bool) or fraction or not self.least <= number <= self.most:
+                raise ValueError
+        except (TypeError, ValueError, OverflowError):
+            what = "a whole number" if self.kind is int else "a number"
+            raise BadInput(f"{name} should be {what} from {self.least} to {self.most}, not {value!r:.50}") from None
+        return number
+
+
+SETTINGS = {
+    "max_new_tokens": Setting(int, 1, 100_000, 256, "longest answer in tokens, the question not counted"),
+    "temperature": Setting(float, 0, 2, 0.5, "0 always takes the likeliest token; the higher, the more varied"),
+    "top_k": Setting(int, 0, 100_000, 8, "draw only from this many likeliest tokens; 0 for all"),
+    "top_p": Setting(float, 0, 1, 1.0, "draw only from the likeliest tokens that together have this probability"),
+    "repetition_penalty": Setting(float, 0.1, 10, 1.0, "above 1, tokens that were there before become less likely"),
+    "seed": Setting(int, 0, 2**63 - 1, None, "the same seed draws the same answer (default: another each time)"),
+}
+
+
+class KVCache:
+    """Keys and values of one conversation, in memory reserved once; a caller of `update` gets views, never copies.
+
+    The three methods are those of transformers' caches that the model calls.
+    """
+
+    def __init__(self, config: LMConfig, length, device, dtype):
+        shape = (config.n_layers, 2, 1, config.n_kv_heads, length, config.head_dim)
+        self.memory = torch.empty(shape, device=device, dtype=dtype)
+        self.filled = [0] * config.n_layers
+
+    def update(self, k, v, layer_idx):
+        """Appends keys and values (1, K, T, C) of one layer; returns all of them so far, (1, K, S, C) each."""
+        begin, end = self.filled[layer_idx], self.filled[layer_idx] + k.shape[2]
+        keys, values = self.memory[layer_idx]
+        keys[:, :, begin:end], values[:, :, begin:end] = k, v
+        self.filled[layer_idx] = end
+        return keys[:, :, :end], values[:, :, :end]
+
+    def get_seq_length(self):
+        return self.filled[0]
+
+    def get_mask_sizes(self, query_length, layer_idx):
+        return self.filled[layer_idx] + query_length, 0
+
+
+class Answer:
+    """An answer as it is written: iterating yields pieces of text, whole characters each.
+
+    prompt_tokens: length of the question. token_ids: the answer so far, without `</s>`.
+    finish_reason: None until the end, then "stop" (`</s>`, or a stop text), "length" (max_new_tokens), "context" (the
+    model can read no more) or "cancelled" (stop_event).
+    first_token_seconds: from the beginning of the iteration to the first token, CLIP included. tokens_per_second: of all
+    later ones, `</s>` counted; None until there are some.
+    """
+
+    def __init__(self, chat, input_ids, pixels, max_new_tokens, steps, dice, stop, stop_event):
+        self.chat, self.pixels = chat, pixels
+        self.prompt_tokens = input_ids.shape[1]
+        room = chat.config.max_seq_len - self.prompt_tokens
+        self.limit = min(max_new_tokens, room)
+        self.at_limit = "context" if room < max_new_tokens else "length"
+        self.steps, self.dice, self.stop, self.stop_event = steps, dice, stop, stop_event
+        self.ids = torch.empty(1, self.prompt_tokens + self.limit, dtype=torch.long, device=chat.device)
+        self.ids[:, : self.prompt_tokens] = input_ids
+        self.token_ids = []
+        self.finish_reason = self.first_token_seconds = self.tokens_per_second = None
+
+    def __iter__(self):
+        return before(self.stop, self.characters(), self.end) if self.stop else self.characters()
+
+    def end(self):
+        self.finish_reason = "stop"
+
+    def characters(self):
+        """Pieces of text; the bytes of a character that several tokens make are held back until it is whole."""
+        pending, shown = [], 0
+        for token in self.tokens():
+            pending.append(token)
+            text = self.decode(pending)
+            whole = text.removesuffix("\ufffd")  # what this stands for may still become a character
+            if len(whole) > shown:
+                yield whole[shown:]
+            pending, shown = ([], 0) if whole == text else (pending, len(whole))
+        if pending:
+            yield self.decode(pending)[shown:]
+
+    def decode(self, ids):
+        return self.chat.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    @torch.inference_mode()
+    def tokens(self):
+        """Token ids one by one, until one of the ends."""
+        chat, length, begun = self.chat, self.prompt_tokens, time.perf_counter()
+        cache = KVCache(chat.config, self.ids.shape[1], chat.device, chat.dtype)
+        new, features = self.ids[:, :length], chat.see(self.pixels)
+        while length < self.ids.shape[1]:
+            if self.stop_event is not None and self.stop_event.is_set():
+                self.finish_reason = "cancelled"
+                return
+            logits = chat.model(new, features, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+            self.ids[:, length] = self.choose(self.steps(self.ids[:, :length], logits.float()))
+            new, features = self.ids[:, length : length + 1], None
+            length += 1
+            token = new.item()
+            seconds = time.perf_counter() - begun
+            if self.first_token_seconds is None:
+                self.first_token_seconds = seconds
+            else:
+                self.tokens_per_second = (length - self.prompt_tokens - 1) / (seconds - self.first_token_seconds)
+            if token == chat.config.eos_token_id:
+                self.finish_reason = "stop"
+                return
+            self.token_ids.append(token)
+            yield token
+        self.finish_reason = self.at_limit
+
+    def choose(self, scores):
+        """The next token (1,) from scores (1, vocab_size): drawn, or the likeliest where there are no dice."""
+        if self.dice is None:
+            return scores.argmax(dim=-1)
+        return torch.multinomial(scores.softmax(dim=-1), 1, generator=self.dice)[0]
+
+
+def before(stops, pieces, found):
+    """Pieces up to the first stop text, calling `found()` there; what may be the beginning of one is held back."""
+    text = ""
+    for piece in pieces:
+        text += piece
+        places = [place for place in (text.find(stop) for stop in stops) if place >= 0]
+        if places:
+            pieces.close()
+            found()
+            text = text[: min(places)]
+            break
+        held = max(n for stop in stops for n in range(min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
+        if len(text) > held:
+            yield text[: len(text) - held]
+            text = text[len(text) - held :]
+    if text:
+        yield text
