@@ -1,7 +1,4 @@
-"""Files in and out: .pth weights, transformers folders, tokenizers. Loading is strict, saving is atomic.
-
-`python -m model.checkpoint --doctor` tells what is there to train with, and what is missing (model/doctor.py).
-"""
+"""Files in and out: .pth weights, transformers folders, tokenizers. Loading is strict, saving is atomic."""
 
 import hashlib
 import inspect
@@ -228,10 +225,3 @@ def write_weights(path, state, notes):
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path.with_suffix(".json"), notes)  # first, so that no weights are ever without
     replace_file(path, lambda f: torch.save(state, f))
-
-
-if __name__ == "__main__":
-    from .doctor import main
-    from .errors import run_script
-
-    run_script(main)

@@ -1,8 +1,8 @@
 """What is there to train with, what is missing and where to get it, and which scripts can be run.
 
-python -m model.checkpoint --doctor                             # for 512+8
-python -m model.checkpoint --doctor --dim 768 --n_layers 16     # for what these flags would train
-python -m model.checkpoint --doctor --demo                      # for the demo
+python -m model.doctor                             # for 512+8
+python -m model.doctor --dim 768 --n_layers 16     # for what these flags would train
+python -m model.doctor --demo                      # for the demo
 
 Weights are read whole, and of each data set all records but only a few pictures: `python -m dataset.check` opens them
 all. The exit code is 0 if 1-pretrain_vlm.py can be run.
@@ -28,7 +28,7 @@ from dataset.records import coco_prefix, parse_record, read_records
 from .arguments import MAX_BAD_FRACTION, add_model_arguments, model_sizes, parse_with_demo
 from .checkpoint import PUBLISHED_TOKENIZER, load_tokenizer, load_vlm, read_notes, tokenizer_hash, weights_name
 from .conversation import tokenizer_fields
-from .errors import BadInput, BadRecord
+from .errors import BadInput, BadRecord, run_script
 from .files import weights_in
 from .images import read_pixels
 from .LMConfig import LMConfig
@@ -292,6 +292,9 @@ class Doctor:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--doctor", action="store_true", required=True, help="look, and change nothing")
     add_model_arguments(parser)
     sys.exit(not Doctor(parse_with_demo(parser, DEMO_MODEL)).examine())
+
+
+if __name__ == "__main__":
+    run_script(main)

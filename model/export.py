@@ -34,12 +34,12 @@ from .model_vlm import MiniMindVLM
 from .stages import DEMO_MODEL
 from .vision_utils import VISION, load_vision
 
-# what hub.py imports, which names its neighbours relatively, as a folder of code is loaded
-CODE = ("errors", "LMConfig", "model", "model_vlm", "conversation", "images", "hub")
+# hf.py and what it imports; they name each other relatively, so that they run in the folder as they are
+CODE = ("errors", "LMConfig", "model", "model_vlm", "conversation", "images", "hf")
 AUTO_MAP = {
     "AutoConfig": "LMConfig.LMConfig",
-    "AutoModelForCausalLM": "hub.MiniMindVForConditionalGeneration",
-    "AutoProcessor": "hub.MiniMindVProcessor",
+    "AutoModelForCausalLM": "hf.MiniMindVForConditionalGeneration",
+    "AutoProcessor": "hf.MiniMindVProcessor",
 }
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 

@@ -1,4 +1,4 @@
-"""`python -m model.checkpoint --doctor`, as someone calls it who is about to train: files are made, spoilt, and told of."""
+"""`python -m model.doctor`, as someone calls it who is about to train: files are made, spoilt, and told of."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 +
 
 def doctor(folder, *flags):
     """What it finds in a folder: exit code, {what: (mark, all that it says of it)}, and its verdicts."""
-    code, out, err = run_python("-m", "model.checkpoint", "--doctor", *flags, cwd=folder, PYTHONPATH=str(ROOT))
+    code, out, err = run_python("-m", "model.doctor", *flags, cwd=folder, PYTHONPATH=str(ROOT))
     assert not err, err
     findings, verdicts = out.split("\n\n")
     found = {}
@@ -184,7 +184,7 @@ def test_a_place_that_can_t_be_written_to(tmp_path):
 
 
 def test_flags_that_fit_no_model_are_refused():
-    code, out, err = run_python("-m", "model.checkpoint", "--doctor", "--dim", 100)
+    code, out, err = run_python("-m", "model.doctor", "--dim", 100)
     assert (code, out) == (1, "")
     assert (
         err

@@ -15,7 +15,7 @@ from test_web import data_url, question
 from model.chat import Chat
 from model.conversation import as_conversation, encode_conversations
 from model.export import EXAMPLE
-from model.hub import MiniMindVForConditionalGeneration, MiniMindVProcessor
+from model.hf import MiniMindVForConditionalGeneration, MiniMindVProcessor
 from model.images import read_pixels
 from web_server import create_app
 

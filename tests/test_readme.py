@@ -163,7 +163,7 @@ def test_every_command_runs_in_order(clone, server):
                     printed[command] = run(clone, SMALL_WORLD if command == "python -m dataset.demo" else command)
     table = printed["python 3-eval_chat.py --demo --all"]
     assert {*demo.QUESTIONS, "side", "all"} <= set(re.findall(r"^(\w+) +\d+ +[\d.]+% +[\d.]+%$", table, re.MULTILINE))
-    assert "ready: 3-eval_chat.py" in printed["python -m model.checkpoint --doctor"]
+    assert "ready: 3-eval_chat.py" in printed["python -m model.doctor"]
     for made in ("curves.png", "out/512_vlm_sft_multi.pth", "out/back/512_vlm_sft.pth", "wandb"):
         assert (clone / made).exists()
 
