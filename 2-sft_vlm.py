@@ -15,7 +15,7 @@ from model.arguments import add_switch, add_training_arguments, parse_with_demo
 from model.checkpoint import weights_name
 from model.errors import run_script
 from model.stages import DATA, DEMO_DATA, DEMO_MODEL
-from model.trainer import train
+from model.training.trainer import train
 
 DEMO = {
     **DEMO_MODEL,

@@ -41,9 +41,9 @@ from model.conversation import as_conversation, split_at_images
 from model.errors import BadInput, run_script
 from model.generate import SETTINGS
 from model.images import MAX_PIXELS, picture_frames, video_frames
-from model.plot import read_log
 from model.score import read_questions
 from model.stages import DEMO_MODEL
+from model.training.logs import read_log
 
 DEMO = {**DEMO_MODEL, "temperature": 0.0}  # the demo's questions have one right answer
 

@@ -1,24 +1,20 @@
-"""The frozen CLIP: pixels in, `(N, P, V)` features out; and a cache of features on disk.
+"""The frozen CLIP: pixels in, `(N, P, V)` features out.
 
 Shapes: N images, P tokens per image ((image_size / patch_size)^2 + 1 = 50), V vision width (768 for ViT-B/32).
 """
 
 import contextlib
-import hashlib
-import json
-import os
 import pickle
 import threading
 from pathlib import Path
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.utils import logging as hf_logging
 
-from .errors import BadInput, BadRecord
+from .errors import BadInput
 from .files import read_object, refuse_pointer, weights_in
 from .images import PIXEL_MEAN, PIXEL_STD, normalise
 from .LMConfig import LMConfig
@@ -129,89 +125,3 @@ def bundled_vision(folder):
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         raise BadInput(f"the CLIP in {folder} could not be loaded: {str(error).splitlines()[0]}") from None
     return model
-
-
-# --- cached features ------------------------------------------------------------------------------------------------
-
-
-def cache_key(vision_path, image_paths):
-    """What a feature cache belongs to: the encoder's files and each picture's name, size and time of change."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(vision_path).glob("*")):
-        if file.suffix in (".safetensors", ".bin", ".json"):
-            digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
-    for path in image_paths:
-        try:
-            stat = os.stat(path)
-        except OSError:
-            stat = None
-        digest.update(f"{path} {stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
-    return digest.hexdigest()
-
-
-class FeatureCache:
-    """fp16 features of a list of pictures in one memory-mapped file (pictures, P, V), named after the key of `cache_key`.
-
-    Until all rows are there it is a .tmp file. The .json beside it has the whole key, how many rows are `done`, and in
-    `bad` why for each row whose picture could not be read.
-    """
-
-    def __init__(self, folder, key):
-        self.file, self.partial, self.note = (Path(folder) / f"{key[:16]}{end}" for end in (".npy", ".tmp", ".json"))
-        self.key = key
-        self.array, self.bad = None, {}
-
-    def __getstate__(self):
-        """What a worker process is sent: it opens the file itself."""
-        return {**self.__dict__, "array": None}
-
-    def ready(self):
-        """Opens the cache if it is whole; False if it must be built."""
-        whole = self.note.exists() and self.file.exists() and not self.partial.exists()
-        if self.array is None and whole:
-            note = read_object(self.note)
-            if note.get("key") == self.key:
-                self.array = np.load(self.file, mmap_mode="r")
-                self.bad = {int(row): why for row, why in note.get("bad", {}).items()}
-        return self.array is not None
-
-    def begun(self):
-        """How many rows a build that was cut off has left, and the problems among them."""
-        note = read_object(self.note) if self.partial.exists() else {}
-        return (note.get("done", 0), note["bad"]) if note.get("key") == self.key else (0, {})
-
-    def build(self, encoder, pictures, loader, progress):
-        """Runs CLIP once over that many pictures, less those that are `begun`. `loader` yields the others, in the order of
-        the cache's rows, as uint8 pixels (N, 3, S, S) and a list of N problems, None for a good picture. OSError if there is
-        no room for all of them."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        shape = (pictures, encoder.image_tokens, encoder.vision_width)
-        done, bad = self.begun()
-        self.note_down(done, bad)
-        array = np.lib.format.open_memmap(self.partial, mode="r+" if done else "w+", dtype=np.float16, shape=shape)
-        if hasattr(os, "posix_fallocate"):  # a disk that fills up later would end the process without a word
-            with open(self.partial, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, self.partial.stat().st_size)
-        for pixels, problems in loader:
-            features = encoder(pixels).to(device="cpu", dtype=torch.float16).numpy()
-            array[done : done + len(features)] = features
-            bad |= {done + i: problem for i, problem in enumerate(problems) if problem}
-            done += len(features)
-            progress(len(features))
-            array.flush()  # before the note says that they are there
-            self.note_down(done, bad)
-        os.replace(self.partial, self.file)
-
-    def note_down(self, done, bad):
-        """Writes the note, which is never half there."""
-        fresh = self.note.with_suffix(".new")
-        fresh.write_text(json.dumps({"key": self.key, "done": done, "bad": bad}, ensure_ascii=False), encoding="utf-8")
-        os.replace(fresh, self.note)
-
-    def __getitem__(self, rows):
-        """Features (len(rows), P, V) as a float16 tensor. BadRecord if a picture of them could not be read."""
-        if self.array is None:
-            self.ready()
-        for row in self.bad.keys() & set(rows.tolist()):
-            raise BadRecord(*self.bad[row])
-        return torch.from_numpy(self.array[rows])

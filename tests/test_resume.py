@@ -21,7 +21,7 @@ from test_scripts import PRETRAIN, Place, save_llm
 
 from model.checkpoint import read_notes, read_weights
 from model.errors import BadInput
-from model.trainer import missed, read_state
+from model.training.trainer import missed, read_state
 
 SETTINGS = ["--log_interval", 1, "--save_interval", 3, "--epochs", 3, "--learning_rate", 1e-3]  # 18 steps of 8 samples
 TORCHRUN = ["-m", "torch.distributed.run"]
@@ -127,7 +127,7 @@ def test_a_signal_stops_after_the_step_and_saves(place, undisturbed, number):
 def test_a_second_interrupt_ends_at_once():
     code, _, err = run_python(
         "-c",
-        "import os, signal, time; from model.running import Stop; Stop(quiet=False)\n"
+        "import os, signal, time; from model.training.distributed import Stop; Stop(quiet=False)\n"
         "for _ in range(2):\n    os.kill(os.getpid(), signal.SIGINT); time.sleep(1.2)\n"
         "print('still here')",
     )

@@ -20,7 +20,7 @@ from model.checkpoint import read_notes, read_weights
 from model.conversation import tokenizer_fields
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
-from model.trainer import learning_rate_at
+from model.training.trainer import learning_rate_at
 
 PRETRAIN, SFT, CHAT = "1-pretrain_vlm.py", "2-sft_vlm.py", "3-eval_chat.py"
 

@@ -13,7 +13,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 from model.errors import BadInput
 from model.files import weights_in
 from model.images import normalise, read_pixels, to_pixels, to_rgb
-from model.vision_utils import FeatureCache, VisionEncoder, cache_key, load_vision
+from model.training.feature_cache import FeatureCache, cache_key
+from model.vision_utils import VisionEncoder, load_vision
 
 
 def gradient(width=300, height=200):

@@ -12,7 +12,7 @@ from test_resume import begin, finish, place, run_whole, until  # noqa: F401
 from test_web import serving
 from wandb.proto import wandb_internal_pb2
 
-from model.plot import read_log
+from model.training.logs import read_log
 from web_server import create_app
 
 # --- Weights & Biases -----------------------------------------------------------------------------------------------
@@ -118,7 +118,9 @@ def test_curves_of_real_runs_are_drawn(place, tmp_path):  # noqa: F811
     run_whole(place, "--epochs", 1, "--val_fraction", 0.25, "--eval_interval", 2)
     (tmp_path / "other.jsonl").write_text(lines(*RUN))
     picture = tmp_path / "curves.png"
-    code, out, err = run_python("-m", "model.plot", place.out / "*.jsonl", tmp_path / "other.jsonl", "--save", picture)
+    code, out, err = run_python(
+        "-m", "model.training.plot", place.out / "*.jsonl", tmp_path / "other.jsonl", "--save", picture
+    )
     assert code == 0 and "2 runs" in out, err
     with Image.open(picture) as image:
         colours = {colour[:3] for _, colour in image.convert("RGBA").getcolors(10**6)}
@@ -128,11 +130,11 @@ def test_curves_of_real_runs_are_drawn(place, tmp_path):  # noqa: F811
 def test_what_cannot_be_drawn_is_said(tmp_path):
     (tmp_path / "bad.jsonl").write_text("x\n[]\n")
     for log, says in (("bad.jsonl", "is not the log of a training"), ("none.jsonl", "could not be read")):
-        code, _, err = run_python("-m", "model.plot", tmp_path / log, "--save", tmp_path / "a.png")
+        code, _, err = run_python("-m", "model.training.plot", tmp_path / log, "--save", tmp_path / "a.png")
         assert code == 1 and says in err and "Traceback" not in err
     (tmp_path / "a.jsonl").write_text(lines(*RUN))
     (tmp_path / "matplotlib.py").write_text("raise ImportError")
-    code, _, err = run_python("-m", "model.plot", tmp_path / "a.jsonl", PYTHONPATH=str(tmp_path))
+    code, _, err = run_python("-m", "model.training.plot", tmp_path / "a.jsonl", PYTHONPATH=str(tmp_path))
     assert code == 1 and "pip install matplotlib" in err
 
 

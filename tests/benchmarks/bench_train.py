@@ -29,8 +29,9 @@ from transformers import CLIPConfig, CLIPModel
 
 from model.arguments import add_training_arguments, pick_dtype
 from model.images import normalise, read_pixels
-from model.running import Processes, Stop
-from model.trainer import Run, grouped, open_cache, prepare
+from model.training.distributed import Processes, Stop
+from model.training.feature_cache import open_cache
+from model.training.trainer import Run, grouped, prepare
 
 
 class Laps:

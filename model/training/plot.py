@@ -1,53 +1,20 @@
 """Curves from the logs of trainings.
 
-    python -m model.plot out/*.jsonl                    # one picture, curves.png, of loss, learning rate and throughput
-    python -m model.plot out/*.jsonl --save loss.png
+    python -m model.training.plot out/*.jsonl     # one picture, curves.png, of loss, learning rate and throughput
+    python -m model.training.plot out/*.jsonl --save loss.png
 
 `python web_server.py` shows the same at /training while a training runs.
 """
 
 import argparse
 import glob
-import json
 import math
-from pathlib import Path
 
-from .errors import BadInput, run_script
+from model.errors import BadInput, run_script
+
+from .logs import read_log
 
 PANELS = {"loss": ("loss", "val_loss"), "learning rate": ("lr",), "samples/s": ("samples_per_s",)}
-
-
-def read_log(path):
-    """The last run in a log that `running.Log` wrote: {"name", "step", "steps", "minutes_left", "curves"}.
-
-    minutes_left is None before the first figures and after the end. curves: for each figure its points, [step, value], with
-    None where the value is not a finite number. Lines that are not whole are passed over, as the last one of a running
-    training may be. BadInput if the file can't be read or has no run.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError as error:
-        raise BadInput(f"{path} could not be read ({error.strerror})") from None
-    run = None
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and "run" in entry:
-            if run is None or not entry.get("step"):  # one that is resumed goes on where it was
-                run = {"name": entry["run"], "step": 0, "steps": entry.get("steps", 0), "curves": {}}
-            run["minutes_left"] = None
-        elif run and "left_out" in entry:
-            run["minutes_left"] = None
-        elif run and "step" in entry:
-            run["step"], run["minutes_left"] = entry.pop("step"), entry.pop("epoch_Time", None)
-            for name, value in entry.items():
-                point = [run["step"], value if isinstance(value, int | float) and math.isfinite(value) else None]
-                run["curves"].setdefault(name, []).append(point)
-    if run is None:
-        raise BadInput(f"{path} is not the log of a training: name .jsonl files that a stage wrote")
-    return run
 
 
 def draw(runs, path):

@@ -1,111 +1,15 @@
-"""What surrounds a training loop: the processes of torchrun, signals to stop, and the log."""
+"""The log of a run: written while it trains, and read by what draws curves."""
 
 import json
+import math
 import os
-import signal
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from .errors import BadInput
-
-
-class Processes:
-    """This process's place among those that torchrun started; one process alone where it did not."""
-
-    def __init__(self, device):
-        self.world = int(os.environ.get("WORLD_SIZE", "1"))
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.device = device
-        self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-        if self.world > 1:
-            if device.startswith("cuda"):
-                self.device = f"cuda:{os.environ['LOCAL_RANK']}"
-                torch.cuda.set_device(self.device)
-            self.meet("nccl" if device.startswith("cuda") else "gloo")
-            # small things go from host to host, so that no GPU is waited for; the first may be long at CLIP's features
-            self.hosts = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
-
-    def meet(self, backend):
-        """Makes the process group.
-
-        torchrun without --rdzv_backend keeps its store when it starts the processes again, with the addresses of the dead
-        in it, and the new ones would call those: they leave theirs under a name of their own.
-        """
-        store, rank, world = next(dist.rendezvous("env://"))
-        if store.check(["met before"]):
-            fresh = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        else:
-            fresh = store
-        dist.init_process_group(backend, store=fresh, rank=rank, world_size=world)
-        dist.barrier()
-        store.set("met before", "")
-
-    @property
-    def first(self):
-        return self.rank == 0
-
-    def wait(self):
-        if self.world > 1:
-            dist.barrier(self.hosts)
-
-    def sum(self, tensor):
-        """Adds a tensor over all processes, in place."""
-        if self.world > 1:
-            dist.all_reduce(tensor, group=None if tensor.is_cuda else self.hosts)
-        return tensor
-
-    def from_first(self, value):
-        """What the first process has, in all of them."""
-        box = [value]
-        if self.world > 1:
-            dist.broadcast_object_list(box, src=0, group=self.hosts)
-        return box[0]
-
-    def gather(self, value):
-        """What every process has, as a list in all of them."""
-        values = [value] * self.world
-        if self.world > 1:
-            dist.all_gather_object(values, value, group=self.hosts)
-        return values
-
-    def close(self):
-        if self.world > 1:
-            dist.destroy_process_group()
-
-
-class Stop:
-    """Asked for by Ctrl-C or SIGTERM: the loop ends after its step. A second Ctrl-C ends the process at once."""
-
-    def __init__(self, quiet):
-        self.quiet, self.signal, self.since = quiet, None, 0.0
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(self, number, frame):
-        # from a terminal under torchrun the first Ctrl-C comes twice: by itself and through torchrun
-        if self.signal is not None and number == signal.SIGINT and time.monotonic() - self.since > 1:
-            os._exit(130)
-        if self.signal is None:
-            self.signal, self.since = number, time.monotonic()
-            if not self.quiet:
-                print("\nstopping after this step (Ctrl-C again: at once)", file=sys.stderr, flush=True)
-
-    def end(self):
-        """Signals do again what they did before."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-def ignore_signals(_):
-    """For the workers that read data: a terminal's Ctrl-C and torchrun's SIGTERM go to all, and are for the loop to heed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()  # and not SIG_IGN for SIGTERM, by which the loop ends them
+from model.errors import BadInput
 
 
 class Log:
@@ -201,3 +105,36 @@ def tell(text):
     """A line for the person who watches, beside a bar that may be moving."""
     tqdm.write(text, file=sys.stderr)
     sys.stderr.flush()
+
+
+def read_log(path):
+    """The last run in a log that `Log` wrote: {"name", "step", "steps", "minutes_left", "curves"}.
+
+    minutes_left is None before the first figures and after the end. curves: for each figure its points, [step, value], with
+    None where the value is not a finite number. Lines that are not whole are passed over, as the last one of a running
+    training may be. BadInput if the file can't be read or has no run.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise BadInput(f"{path} could not be read ({error.strerror})") from None
+    run = None
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and "run" in entry:
+            if run is None or not entry.get("step"):  # one that is resumed goes on where it was
+                run = {"name": entry["run"], "step": 0, "steps": entry.get("steps", 0), "curves": {}}
+            run["minutes_left"] = None
+        elif run and "left_out" in entry:
+            run["minutes_left"] = None
+        elif run and "step" in entry:
+            run["step"], run["minutes_left"] = entry.pop("step"), entry.pop("epoch_Time", None)
+            for name, value in entry.items():
+                point = [run["step"], value if isinstance(value, int | float) and math.isfinite(value) else None]
+                run["curves"].setdefault(name, []).append(point)
+    if run is None:
+        raise BadInput(f"{path} is not the log of a training: name .jsonl files that a stage wrote")
+    return run

@@ -18,20 +18,29 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from dataset.batches import LengthBatches, SortedBatches, TokenBatches
-from dataset.dataset import Pictures, VLMDataset, collate, collate_pictures
+from dataset.dataset import VLMDataset, collate
+from model.arguments import model_sizes, pick_dtype
+from model.checkpoint import (
+    PROJECTOR,
+    load_tokenizer,
+    load_vlm,
+    read_notes,
+    save_weights,
+    tokenizer_hash,
+    tokenizer_warning,
+)
+from model.conversation import tokenizer_fields
+from model.errors import BadInput
+from model.files import replace_file
+from model.LMConfig import LMConfig
+from model.model_vlm import MiniMindVLM
+from model.vision_utils import load_vision
 
-from .arguments import model_sizes, pick_dtype
-from .checkpoint import PROJECTOR, load_tokenizer, load_vlm, read_notes, save_weights, tokenizer_hash, tokenizer_warning
-from .conversation import tokenizer_fields
-from .errors import BadInput
-from .files import replace_file
-from .LMConfig import LMConfig
-from .model_vlm import MiniMindVLM
-from .running import Log, Processes, Stop, ignore_signals, tell
-from .vision_utils import FeatureCache, cache_key, load_vision
+from .distributed import Processes, Stop, ignore_signals
+from .feature_cache import open_cache
+from .logs import Log, tell
 
 # --- what a stage needs ---------------------------------------------------------------------------------------------
 
@@ -93,33 +102,6 @@ def learning_rate_at(step, steps, peak, warmup):
         return peak * (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1, steps - 1 - warmup)
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
-
-
-def open_cache(args, dataset, encoder, processes):
-    """Gives the dataset its feature cache, which the first process builds, or goes on building, if need be."""
-    key = cache_key(args.vision_path, dataset.image_paths) if processes.first else None
-    cache = FeatureCache(Path(args.out_dir) / "features", processes.from_first(key))
-    if processes.first and not cache.ready():
-        pictures, (done, _) = Pictures(dataset), cache.begun()
-        rows = range(done, len(pictures))
-        loader = DataLoader(pictures, 64, sampler=rows, collate_fn=collate_pictures, num_workers=args.num_workers)
-        with tqdm(total=len(pictures), initial=done, unit="picture", desc="CLIP", disable=None) as bar:
-            if bar.disable:
-                print(f"running CLIP over {len(rows)} pictures ...", file=sys.stderr, flush=True)
-            try:
-                cache.build(encoder, len(pictures), loader, bar.update)
-            except OSError as error:
-                gigabytes = len(pictures) * encoder.image_tokens * encoder.vision_width * 2 / 1e9
-                raise BadInput(
-                    f"{cache.partial} could not be written ({error.strerror}): it takes {gigabytes:.1f} GB; make room, name "
-                    "another --out_dir, or leave out --cache_features"
-                ) from None
-    processes.wait()
-    if not cache.ready():
-        raise BadInput(
-            f"{cache.file} was not found by process {processes.rank}: --out_dir must be shared by all machines"
-        )
-    dataset.features = cache
 
 
 # --- the loop -------------------------------------------------------------------------------------------------------
