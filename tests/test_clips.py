@@ -159,7 +159,7 @@ def test_clips_come_in_by_the_api(client, pictures, tmp_path):
 
 
 def test_clips_that_can_t_be_read_are_refused(client, tmp_path, monkeypatch):
-    monkeypatch.setattr("web_server.MAX_CLIP_PIXELS", 100_000)
+    monkeypatch.setattr("web.requests.MAX_CLIP_PIXELS", 100_000)
     film = video(tmp_path / "a.mp4", shades(9), "libx264")
     long = video(tmp_path / "long.mp4", shades(50), "libx264")
     heavy = animated(tmp_path / "heavy.gif", shades(40))
