@@ -1,74 +1,16 @@
-"""What several tests share: the repository on the path, a tiny world of pictures, small random models and CLIPs."""
+"""Fixtures of several tests: a tiny world of pictures, small random models and CLIPs, a place to train in, a browser."""
 
-import json
 import os
-import signal
-import subprocess
-import sys
-import time
-import zlib
-from pathlib import Path
+import shutil
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from helpers import FLAGS, ROOT, Place, save_llm, save_random_vlm
 from transformers import CLIPVisionConfig, CLIPVisionModel
-from transformers.modeling_outputs import CausalLMOutput
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
 from dataset import demo
 from model.chat import Chat
-from model.checkpoint import load_tokenizer, save_weights
-from model.conversation import tokenizer_fields
-from model.LMConfig import LMConfig
-from model.model_vlm import MiniMindVLM
-
-GOLDEN = Path(__file__).parent / "golden"
-
-
-def formula(name, shape):
-    """The golden files' weights, from their names."""
-    values = np.random.RandomState(zlib.crc32(name.encode()) & 0x7FFFFFFF).standard_normal(shape).astype(np.float32)
-    values *= np.float32(0.05 if len(shape) > 1 else 0.1)
-    return torch.from_numpy(values + 1 if name.endswith("norm.weight") else values)
-
-
-def formula_state(shapes):
-    """A whole state dict of formula weights, the tied tensor under both names."""
-    state = {name: formula(name, shape) for name, shape in shapes.items()}
-    state["tok_embeddings.weight"] = state["output.weight"]
-    return state
-
-
-def golden(name):
-    """A golden file's JSON."""
-    return json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def run(*command, cwd=ROOT, **environment):
-    """Runs a script of the repository in a process of its own, as a person would: (exit code, stdout, stderr)."""
-    result = subprocess.run(
-        [str(part) for part in command],
-        check=False,
-        cwd=cwd,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=600,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "offline", **environment},
-    )
-    return result.returncode, result.stdout, result.stderr
-
-
-def run_python(script, *arguments, **environment):
-    return run(sys.executable, script, *arguments, **environment)
-
-
-def heed_interrupts():
-    """For a new process: Ctrl-C ends it, even if the tests run in the background, where it would be ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+from model.checkpoint import load_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -100,27 +42,6 @@ def weights(tmp_path, tokenizer):
     return save_random_vlm(tmp_path / "64_vlm_sft.pth", tokenizer)
 
 
-def save_random_vlm(path, tokenizer, max_seq_len=128):
-    torch.manual_seed(0)
-    config = LMConfig(
-        dim=64,
-        n_layers=2,
-        n_heads=4,
-        n_kv_heads=2,
-        max_seq_len=max_seq_len,
-        vision_width=48,
-        image_tokens=5,
-        **tokenizer_fields(tokenizer),
-    )
-    model = MiniMindVLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(5)  # so that answers depend on the question and the picture
-    save_weights(path, model, tokenizer, stage="sft")
-    return path
-
-
 @pytest.fixture
 def chat(weights, tiny_clip):
     return Chat(weights, tiny_clip, ROOT / "model" / "demo", "cpu", torch.float32)
@@ -131,15 +52,28 @@ def pictures(world):
     return sorted((world / "images").glob("*.jpg"))
 
 
-def say(chat, text, seconds=0.0):
-    """Makes the model write these tokens and then `</s>`, whatever it is asked, each token in so many seconds."""
-    script = [*chat.tokenizer(text, add_special_tokens=False)["input_ids"], chat.config.eos_token_id]
+@pytest.fixture(scope="module")
+def browser():
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        assert not os.environ.get("CI"), "no Chromium here, and .ci/run should have installed one"
+        pytest.skip("no Chromium on this machine: install it to test the page (Debian: apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
 
-    def forward(input_ids, features=None, past_key_values=None, logits_to_keep=0):
-        time.sleep(seconds)
-        past_key_values.written = getattr(past_key_values, "written", -1) + 1
-        token = script[min(past_key_values.written, len(script) - 1)]
-        return CausalLMOutput(logits=F.one_hot(torch.tensor([[token]]), chat.config.vocab_size) * 100.0)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=[*FLAGS, "--disable-sync"])
+        yield browser
+        browser.close()
 
-    chat.model.forward = forward
-    return script
+
+@pytest.fixture
+def place(tmp_path, world, tiny_clip, tokenizer):
+    place = Place(tmp_path, world, tiny_clip)
+    save_llm(place, tokenizer)
+    return place
+
+
+@pytest.fixture
+def flags(weights, tiny_clip):
+    flags = ["--weights", weights, "--vision_path", tiny_clip, "--tokenizer_path", "model/demo", "--device", "cpu"]
+    return [str(flag) for flag in [*flags, "--temperature", 0]]

@@ -4,9 +4,8 @@ import shutil
 import time
 from pathlib import Path
 
-import test_web  # puts the repository on the path
+from helpers import FLAGS, serving  # puts the repository on the path
 from playwright.sync_api import sync_playwright
-from test_browser import FLAGS
 
 from web_server import create_app
 
@@ -19,7 +18,7 @@ def main():
     pause = [0.0]  # before each step of the model: a demo token takes 2 ms, too fast for a picture
     app.chat.model.register_forward_pre_hook(lambda *_: time.sleep(pause[0]))
     FOLDER.mkdir(exist_ok=True)
-    with test_web.serving(app) as address, sync_playwright() as playwright:
+    with serving(app) as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
 
         def ask(locale, scheme, number):

@@ -7,9 +7,8 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import run_python
+from helpers import TORCHRUN, begin, digest, finish, log_lines, losses, run_python, run_whole, until
 from PIL import Image
-from test_resume import TORCHRUN, begin, digest, finish, log_lines, losses, place, run_whole, until  # noqa: F401
 
 from dataset.dataset import VLMDataset, collate
 from dataset.records import read_records
@@ -225,7 +224,7 @@ def test_records_come_whole_out_of_a_file_read_in_parts(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def spoilt(place, tmp_path):  # noqa: F811
+def spoilt(place, tmp_path):
     """The same place with a data file of its own, in which 1 of 47 records has no answer and 2 have a bad picture."""
     records = json.loads((place.world / "pretrain.json").read_text(encoding="utf-8"))
     shutil.copytree(place.world / "images", tmp_path / "images")

@@ -2,33 +2,16 @@
 
 import base64
 import mimetypes
-import os
 import re
-import shutil
 
 import pytest
-from conftest import ROOT, say
+from helpers import ROOT, animated, say, serving, video
 from PIL import Image
-from playwright.sync_api import expect, sync_playwright
-from test_clips import animated, video
-from test_web import serving
+from playwright.sync_api import expect
 
 from web_server import create_app
 
-FLAGS = ["--no-sandbox", "--headless", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 LONG = "左上角红色大圆形，右下角蓝色小方形。" * 3
-
-
-@pytest.fixture(scope="module")
-def browser():
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        assert not os.environ.get("CI"), "no Chromium here, and .ci/run should have installed one"
-        pytest.skip("no Chromium on this machine: install it to test the page (Debian: apt-get install chromium)")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=[*FLAGS, "--disable-sync"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

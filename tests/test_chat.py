@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, say
+from helpers import ROOT, say
 from transformers import StaticCache, TextIteratorStreamer
 
 from dataset import demo

@@ -9,16 +9,14 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, formula_state, run_python, save_random_vlm
+from helpers import ROOT, feature, formula_file, formula_state, golden_model, run_python, save_random_vlm
 from published import forward
-from test_model import feature, golden_model
 
 from model.chat import Chat
 from model.checkpoint import load_tokenizer, load_vlm, save_weights, tokenizer_hash
 from model.conversation import tokenizer_fields
 from model.errors import BadInput
 from model.LMConfig import LMConfig
-from model.model_vlm import MiniMindVLM
 
 SIZES = {
     "512+8": dict(dim=512, n_layers=8),
@@ -40,18 +38,6 @@ class Published:
 
     def convert_tokens_to_ids(self, tokens):
         return [{"<": 30, ">": 32}[token] for token in tokens]
-
-
-def formula_file(path, bias=True, projector=True, dtype=torch.float32, prefix="", extras=False, **sizes):
-    """A checkpoint of formula weights at `path`, as the published code would have written it."""
-    with torch.device("meta"):
-        model = MiniMindVLM(LMConfig(vision_bias=bias, **sizes))
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if projector or "vision" not in name}
-    state = {f"{prefix}{name}": tensor.to(dtype) for name, tensor in formula_state(shapes).items()}
-    if extras:
-        state |= {f"{prefix}pos_cis": torch.zeros(8, 8), f"{prefix}layers.0.attention.mask": torch.zeros(1, 1, 8, 8)}
-    torch.save(state, path)
-    return path
 
 
 def asked(count=2):

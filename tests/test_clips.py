@@ -5,12 +5,10 @@ import io
 import random
 import sys
 
-import av
 import numpy as np
 import pytest
-from conftest import ROOT
+from helpers import ROOT, animated, ask, picture_url, question, video
 from PIL import Image
-from test_web import ask, flags, picture_url, question  # noqa: F401  flags is a fixture
 
 from dataset import demo
 from model.errors import BadInput
@@ -21,25 +19,6 @@ from web_server import create_app
 def shades(count, size=(64, 48)):
     """Pictures of one grey each, from black on, told apart by their brightness."""
     return [Image.new("RGB", size, (5 * i, 5 * i, 5 * i)) for i in range(count)]
-
-
-def animated(path, pictures):
-    lossless = {"lossless": True} if path.suffix == ".webp" else {}
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], **lossless)
-    return path
-
-
-def video(path, pictures, codec, rotation=0):
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=10)
-        stream.width, stream.height = pictures[0].size
-        stream.pix_fmt = "yuv420p"
-        if rotation:
-            stream.set_display_rotation(rotation)
-        for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
-        container.mux(stream.encode())
-    return path
 
 
 def seen(path, most=8):
@@ -111,7 +90,7 @@ def test_an_answer_about_a_clip_is_one_about_its_frames(chat, pictures, tmp_path
 
 
 @pytest.fixture
-def client(flags, monkeypatch):  # noqa: F811
+def client(flags, monkeypatch):
     monkeypatch.chdir(ROOT)
     return create_app(*flags, "--max_frames", "3").test_client()
 

@@ -5,7 +5,7 @@ import shlex
 import sys
 
 import pytest
-from conftest import run_python, save_random_vlm
+from helpers import run_python, save_random_vlm
 from PIL import Image
 
 from dataset import convert, demo

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, run_python
+from helpers import ROOT, run_python
 
 from dataset import demo
 from model.checkpoint import read_weights

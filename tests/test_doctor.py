@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from conftest import ROOT, run_python, save_random_vlm
+from helpers import ROOT, run_python, save_random_vlm
 from transformers import CLIPVisionModel
 
 from model.checkpoint import load_tokenizer

@@ -7,10 +7,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run, run_python
+from helpers import ROOT, data_url, formula_file, question, run, run_python
 from PIL import Image
-from test_checkpoint import formula_file
-from test_web import data_url, question
 
 from model.chat import Chat
 from model.conversation import as_conversation, encode_conversations

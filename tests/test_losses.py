@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import GOLDEN, golden, run_python
+from helpers import GOLDEN, golden, run_python
 
 from dataset import demo
 

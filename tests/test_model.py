@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, formula, formula_state, golden
+from helpers import golden_model
 from transformers import StaticCache
 
 from model.LMConfig import LMConfig
@@ -11,23 +11,6 @@ from model.model import MiniMindLM
 from model.model_vlm import MiniMindVLM, find_placeholders
 
 TINY = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300)
-
-
-def golden_model(name):
-    """The golden file, its model, tokens (B, T) and image features (N, 50, 768)."""
-    facts, arrays = golden(name), np.load(GOLDEN / f"{name}.npz")
-    model = MiniMindVLM(
-        LMConfig(**facts["config"], vision_bias="vision_proj.vision_proj.0.bias" in facts["keys"])
-    ).eval()
-    model.load_state_dict(formula_state(facts["keys"]))
-    tokens = torch.from_numpy(arrays["tokens"]).long()
-    images = 2 if name == "tiny_two_images" else 1
-    features = torch.stack([feature(f"img{b}.{i}") for b in range(len(tokens)) for i in range(images)])
-    return facts, arrays, model, tokens, features, 4 + 53 * images
-
-
-def feature(name):
-    return formula(name, (50, 768)) / 0.05
 
 
 @pytest.mark.parametrize("name", ["tiny_one_image", "tiny_two_images", "moe_tiny"])

@@ -9,7 +9,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, heed_interrupts
+from helpers import ROOT, heed_interrupts
 
 from dataset import demo
 from model.checkpoint import load_tokenizer, save_weights

@@ -1,88 +1,23 @@
 """Runs that are cut off, stopped, starved or fed bad numbers, and what is left of them."""
 
 import contextlib
-import hashlib
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, heed_interrupts, run_python
-from test_scripts import PRETRAIN, Place, save_llm
+from helpers import TORCHRUN, begin, digest, finish, log_lines, losses, run_python, run_whole, until
 
 from model.checkpoint import read_notes, read_weights
 from model.errors import BadInput
 from model.training.trainer import missed, read_state
-
-SETTINGS = ["--log_interval", 1, "--save_interval", 3, "--epochs", 3, "--learning_rate", 1e-3]  # 18 steps of 8 samples
-TORCHRUN = ["-m", "torch.distributed.run"]
-
-
-@pytest.fixture
-def place(tmp_path, world, tiny_clip, tokenizer):
-    place = Place(tmp_path, world, tiny_clip)
-    save_llm(place, tokenizer)
-    return place
-
-
-def begin(place, *flags, launcher=(), limit=None, env=None):
-    """Starts stage 1 in the background."""
-
-    def prepare():
-        heed_interrupts()
-        if limit:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    command = [sys.executable, *launcher, PRETRAIN, *place.training, *place.data("pretrain.json"), *SETTINGS, *flags]
-    return subprocess.Popen(
-        [str(part) for part in command],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **(env or {})},
-        preexec_fn=prepare,  # noqa: PLW1509  no thread of the test runs while this does
-        start_new_session=True,
-    )
-
-
-def finish(process):
-    """Its exit code and all it printed."""
-    text, _ = process.communicate(timeout=300)
-    return process.returncode, text
-
-
-def until(process, step):
-    """Waits until a run has logged this step; what it printed until then."""
-    seen = ""
-    for line in process.stdout:
-        seen += line
-        if line.startswith(f"step {step}/"):
-            return seen
-    raise AssertionError(f"ended before step {step}: {seen}")
-
-
-def run_whole(place, *flags, **more):
-    code, text = finish(begin(place, *flags, **more))
-    assert code == 0, text
-    return text
-
-
-def losses(place):
-    return {line["step"]: line["loss"] for line in place.log("64_vlm_pretrain")}
-
-
-def digest(place):
-    return hashlib.sha256((place.out / "64_vlm_pretrain.pth").read_bytes()).hexdigest()
 
 
 def clear(place):
@@ -362,11 +297,6 @@ def test_a_run_without_a_step_is_refused(place):
         code, text = finish(begin(place, *flags))
         assert code == 1 and f"there is nothing to do: {why}" in text
         assert "Traceback" not in text and not (place.out / "64_vlm_pretrain.pth").exists()
-
-
-def log_lines(place):
-    text = (place.out / "64_vlm_pretrain.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def test_out_of_memory_is_told_with_what_to_turn_down():

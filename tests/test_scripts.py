@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run, run_python
+from helpers import CHAT, PRETRAIN, ROOT, SFT, Place, run, run_python, save_llm
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -17,63 +17,12 @@ from dataset import demo
 from model.arguments import default_device, pick_dtype
 from model.chat import Chat
 from model.checkpoint import read_notes, read_weights
-from model.conversation import tokenizer_fields
-from model.LMConfig import LMConfig
-from model.model import MiniMindLM
 from model.training.trainer import learning_rate_at
-
-PRETRAIN, SFT, CHAT = "1-pretrain_vlm.py", "2-sft_vlm.py", "3-eval_chat.py"
-
-
-class Place:
-    """A folder with everything small: a random CLIP, the demo's tokenizer, a picture world; and the flags that say so."""
-
-    def __init__(self, folder, world, clip):
-        self.out = folder / "out"
-        self.out.mkdir()
-        self.world = world
-        self.model = [
-            "--dim",
-            64,
-            "--n_layers",
-            2,
-            "--n_heads",
-            4,
-            "--n_kv_heads",
-            2,
-            "--out_dir",
-            self.out,
-            "--device",
-            "cpu",
-        ]
-        self.model += ["--vision_path", clip, "--tokenizer_path", "model/demo"]
-        self.training = [*self.model, "--batch_size", 8, "--log_interval", 1]
-
-    def data(self, name):
-        return ["--data_path", self.world / name, "--images_path", self.world / "images"]
-
-    def pretrain(self, *more, **environment):
-        return run_python(PRETRAIN, *self.training, *self.data("pretrain.json"), *more, **environment)
-
-    def sft(self, name, *more):
-        return run_python(SFT, *self.training, *self.data(name), *more)
-
-    def log(self, name):
-        lines = [json.loads(line) for line in (self.out / f"{name}.jsonl").read_text().splitlines()]
-        return [line for line in lines if "loss" in line]
 
 
 @pytest.fixture
 def place(tmp_path, world, tiny_clip):
     return Place(tmp_path, world, tiny_clip)
-
-
-def save_llm(place, tokenizer, **config):
-    """A language model's file, as `512_llm.pth` is one: no projector."""
-    torch.manual_seed(0)
-    sizes = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2)
-    model = MiniMindLM(LMConfig(**{**sizes, **config}, **tokenizer_fields(tokenizer)))
-    torch.save(model.state_dict(), place.out / f"64{'_moe' if config.get('use_moe') else ''}_llm.pth")
 
 
 def test_stage_after_stage_to_an_answer(place, tokenizer):

@@ -9,9 +9,8 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, heed_interrupts, run_python, save_random_vlm
+from helpers import ROOT, animated, heed_interrupts, run_python, save_random_vlm
 from PIL import Image
-from test_clips import animated
 
 pty = pytest.importorskip("pty", reason="pseudo-terminals are a thing of Unix")
 

@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import golden
+from helpers import golden
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 

@@ -4,12 +4,9 @@ import json
 import signal
 
 import pytest
-from conftest import run_python
+from helpers import begin, finish, run_python, run_whole, serving, until
 from PIL import Image
 from playwright.sync_api import expect
-from test_browser import browser  # noqa: F401
-from test_resume import begin, finish, place, run_whole, until  # noqa: F401
-from test_web import serving
 from wandb.proto import wandb_internal_pb2
 
 from model.training.logs import read_log
@@ -51,7 +48,7 @@ def records(folder):
     return runs
 
 
-def test_wandb_has_the_figures_and_resumes_the_same_run(place, tmp_path):  # noqa: F811
+def test_wandb_has_the_figures_and_resumes_the_same_run(place, tmp_path):
     flags = ["--use_wandb", "--val_fraction", 0.25, "--eval_interval", 2, "--save_interval", 2]
     offline = {"WANDB_DIR": str(tmp_path), "WANDB_MODE": "offline"}
     process = begin(place, *flags, env=offline)
@@ -79,7 +76,7 @@ def test_wandb_has_the_figures_and_resumes_the_same_run(place, tmp_path):  # noq
         ),
     ],
 )
-def test_without_wandb_it_says_how_to_go_offline_and_goes_on(place, tmp_path, environment, reason):  # noqa: F811
+def test_without_wandb_it_says_how_to_go_offline_and_goes_on(place, tmp_path, environment, reason):
     environment = {"WANDB_MODE": "online", "WANDB_DIR": str(tmp_path), "HOME": str(tmp_path), **environment}
     text = run_whole(place, "--epochs", 1, "--use_wandb", env=environment)
     assert reason in text and "set WANDB_MODE=offline to log here and sync later" in text
@@ -114,7 +111,7 @@ def test_a_log_is_read_from_its_last_beginning(tmp_path):
     assert read_log(log)["curves"]["loss"][-1] == [3, None]
 
 
-def test_curves_of_real_runs_are_drawn(place, tmp_path):  # noqa: F811
+def test_curves_of_real_runs_are_drawn(place, tmp_path):
     run_whole(place, "--epochs", 1, "--val_fraction", 0.25, "--eval_interval", 2)
     (tmp_path / "other.jsonl").write_text(lines(*RUN))
     picture = tmp_path / "curves.png"
@@ -157,7 +154,7 @@ def test_what_the_page_is_drawn_from(watched):
     assert client.get("/training/runs", headers={"If-None-Match": answer.headers["ETag"]}).status_code == 304
 
 
-def test_the_page_follows_a_training(watched, browser):  # noqa: F811
+def test_the_page_follows_a_training(watched, browser):
     app, folder = watched
     problems = []
     with serving(app) as address:

@@ -1,8 +1,6 @@
 """web_server.py: its API by Flask's client and by the real openai package, its queue, and what it refuses."""
 
 import base64
-import contextlib
-import io
 import json
 import os
 import re
@@ -18,18 +16,12 @@ import zlib
 import numpy as np
 import openai
 import pytest
-from conftest import ROOT, heed_interrupts, run_python, say
+from helpers import ROOT, ask, data_url, heed_interrupts, part, picture_url, question, run_python, say, serving
 from PIL import Image
 
 from model.conversation import as_conversation
 from model.errors import BadInput
-from web_server import create_app, make_server
-
-
-@pytest.fixture
-def flags(weights, tiny_clip):
-    flags = ["--weights", weights, "--vision_path", tiny_clip, "--tokenizer_path", "model/demo", "--device", "cpu"]
-    return [str(flag) for flag in [*flags, "--temperature", 0]]
+from web_server import create_app
 
 
 @pytest.fixture
@@ -41,41 +33,6 @@ def app(flags, monkeypatch):
 @pytest.fixture
 def client(app):
     return app.test_client()
-
-
-@contextlib.contextmanager
-def serving(app):
-    """The application on a real server: its address."""
-    server = make_server("127.0.0.1", 0, app, threaded=True)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.port}"
-    server.shutdown()
-    thread.join()
-
-
-def data_url(path):
-    kind = "png" if path.suffix == ".png" else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def picture_url(image, kind="png"):
-    """A Pillow image as a data: URL."""
-    file = io.BytesIO()
-    image.save(file, kind)
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def part(url):
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-def question(text, *urls):
-    return [{"role": "user", "content": [*(part(url) for url in urls), {"type": "text", "text": text}]}]
-
-
-def ask(client, **body):
-    return client.post("/v1/chat/completions", json=body)
 
 
 def chunks(response):

@@ -1,0 +1,308 @@
+"""What test modules share: scripts run as a person runs them, small models and files, trainings, and visitors of the server."""
+
+import base64
+import contextlib
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers.modeling_outputs import CausalLMOutput
+from werkzeug.serving import make_server
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from model.checkpoint import save_weights
+from model.conversation import tokenizer_fields
+from model.LMConfig import LMConfig
+from model.model import MiniMindLM
+from model.model_vlm import MiniMindVLM
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def formula(name, shape):
+    """The golden files' weights, from their names."""
+    values = np.random.RandomState(zlib.crc32(name.encode()) & 0x7FFFFFFF).standard_normal(shape).astype(np.float32)
+    values *= np.float32(0.05 if len(shape) > 1 else 0.1)
+    return torch.from_numpy(values + 1 if name.endswith("norm.weight") else values)
+
+
+def formula_state(shapes):
+    """A whole state dict of formula weights, the tied tensor under both names."""
+    state = {name: formula(name, shape) for name, shape in shapes.items()}
+    state["tok_embeddings.weight"] = state["output.weight"]
+    return state
+
+
+def golden(name):
+    """A golden file's JSON."""
+    return json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def run(*command, cwd=ROOT, **environment):
+    """Runs a script of the repository in a process of its own, as a person would: (exit code, stdout, stderr)."""
+    result = subprocess.run(
+        [str(part) for part in command],
+        check=False,
+        cwd=cwd,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=600,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "offline", **environment},
+    )
+    return result.returncode, result.stdout, result.stderr
+
+
+def run_python(script, *arguments, **environment):
+    return run(sys.executable, script, *arguments, **environment)
+
+
+def heed_interrupts():
+    """For a new process: Ctrl-C ends it, even if the tests run in the background, where it would be ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def save_random_vlm(path, tokenizer, max_seq_len=128):
+    torch.manual_seed(0)
+    config = LMConfig(
+        dim=64,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        max_seq_len=max_seq_len,
+        vision_width=48,
+        image_tokens=5,
+        **tokenizer_fields(tokenizer),
+    )
+    model = MiniMindVLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(5)  # so that answers depend on the question and the picture
+    save_weights(path, model, tokenizer, stage="sft")
+    return path
+
+
+def say(chat, text, seconds=0.0):
+    """Makes the model write these tokens and then `</s>`, whatever it is asked, each token in so many seconds."""
+    script = [*chat.tokenizer(text, add_special_tokens=False)["input_ids"], chat.config.eos_token_id]
+
+    def forward(input_ids, features=None, past_key_values=None, logits_to_keep=0):
+        time.sleep(seconds)
+        past_key_values.written = getattr(past_key_values, "written", -1) + 1
+        token = script[min(past_key_values.written, len(script) - 1)]
+        return CausalLMOutput(logits=F.one_hot(torch.tensor([[token]]), chat.config.vocab_size) * 100.0)
+
+    chat.model.forward = forward
+    return script
+
+
+def golden_model(name):
+    """The golden file, its model, tokens (B, T) and image features (N, 50, 768)."""
+    facts, arrays = golden(name), np.load(GOLDEN / f"{name}.npz")
+    model = MiniMindVLM(
+        LMConfig(**facts["config"], vision_bias="vision_proj.vision_proj.0.bias" in facts["keys"])
+    ).eval()
+    model.load_state_dict(formula_state(facts["keys"]))
+    tokens = torch.from_numpy(arrays["tokens"]).long()
+    images = 2 if name == "tiny_two_images" else 1
+    features = torch.stack([feature(f"img{b}.{i}") for b in range(len(tokens)) for i in range(images)])
+    return facts, arrays, model, tokens, features, 4 + 53 * images
+
+
+def feature(name):
+    return formula(name, (50, 768)) / 0.05
+
+
+def formula_file(path, bias=True, projector=True, dtype=torch.float32, prefix="", extras=False, **sizes):
+    """A checkpoint of formula weights at `path`, as the published code would have written it."""
+    with torch.device("meta"):
+        model = MiniMindVLM(LMConfig(vision_bias=bias, **sizes))
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if projector or "vision" not in name}
+    state = {f"{prefix}{name}": tensor.to(dtype) for name, tensor in formula_state(shapes).items()}
+    if extras:
+        state |= {f"{prefix}pos_cis": torch.zeros(8, 8), f"{prefix}layers.0.attention.mask": torch.zeros(1, 1, 8, 8)}
+    torch.save(state, path)
+    return path
+
+
+PRETRAIN, SFT, CHAT = "1-pretrain_vlm.py", "2-sft_vlm.py", "3-eval_chat.py"
+
+
+class Place:
+    """A folder with everything small: a random CLIP, the demo's tokenizer, a picture world; and the flags that say so."""
+
+    def __init__(self, folder, world, clip):
+        self.out = folder / "out"
+        self.out.mkdir()
+        self.world = world
+        self.model = [
+            "--dim",
+            64,
+            "--n_layers",
+            2,
+            "--n_heads",
+            4,
+            "--n_kv_heads",
+            2,
+            "--out_dir",
+            self.out,
+            "--device",
+            "cpu",
+        ]
+        self.model += ["--vision_path", clip, "--tokenizer_path", "model/demo"]
+        self.training = [*self.model, "--batch_size", 8, "--log_interval", 1]
+
+    def data(self, name):
+        return ["--data_path", self.world / name, "--images_path", self.world / "images"]
+
+    def pretrain(self, *more, **environment):
+        return run_python(PRETRAIN, *self.training, *self.data("pretrain.json"), *more, **environment)
+
+    def sft(self, name, *more):
+        return run_python(SFT, *self.training, *self.data(name), *more)
+
+    def log(self, name):
+        lines = [json.loads(line) for line in (self.out / f"{name}.jsonl").read_text().splitlines()]
+        return [line for line in lines if "loss" in line]
+
+
+def save_llm(place, tokenizer, **config):
+    """A language model's file, as `512_llm.pth` is one: no projector."""
+    torch.manual_seed(0)
+    sizes = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2)
+    model = MiniMindLM(LMConfig(**{**sizes, **config}, **tokenizer_fields(tokenizer)))
+    torch.save(model.state_dict(), place.out / f"64{'_moe' if config.get('use_moe') else ''}_llm.pth")
+
+
+SETTINGS = ["--log_interval", 1, "--save_interval", 3, "--epochs", 3, "--learning_rate", 1e-3]  # 18 steps of 8 samples
+TORCHRUN = ["-m", "torch.distributed.run"]
+
+
+def begin(place, *flags, launcher=(), limit=None, env=None):
+    """Starts stage 1 in the background."""
+    import resource  # there is none on Windows, where the other tests run
+
+    def prepare():
+        heed_interrupts()
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    command = [sys.executable, *launcher, PRETRAIN, *place.training, *place.data("pretrain.json"), *SETTINGS, *flags]
+    return subprocess.Popen(
+        [str(part) for part in command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **(env or {})},
+        preexec_fn=prepare,  # noqa: PLW1509  no thread of the test runs while this does
+        start_new_session=True,
+    )
+
+
+def finish(process):
+    """Its exit code and all it printed."""
+    text, _ = process.communicate(timeout=300)
+    return process.returncode, text
+
+
+def until(process, step):
+    """Waits until a run has logged this step; what it printed until then."""
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if line.startswith(f"step {step}/"):
+            return seen
+    raise AssertionError(f"ended before step {step}: {seen}")
+
+
+def run_whole(place, *flags, **more):
+    code, text = finish(begin(place, *flags, **more))
+    assert code == 0, text
+    return text
+
+
+def losses(place):
+    return {line["step"]: line["loss"] for line in place.log("64_vlm_pretrain")}
+
+
+def digest(place):
+    return hashlib.sha256((place.out / "64_vlm_pretrain.pth").read_bytes()).hexdigest()
+
+
+def log_lines(place):
+    text = (place.out / "64_vlm_pretrain.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@contextlib.contextmanager
+def serving(app):
+    """The application on a real server: its address."""
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.port}"
+    server.shutdown()
+    thread.join()
+
+
+def data_url(path):
+    kind = "png" if path.suffix == ".png" else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def picture_url(image, kind="png"):
+    """A Pillow image as a data: URL."""
+    file = io.BytesIO()
+    image.save(file, kind)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def part(url):
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def question(text, *urls):
+    return [{"role": "user", "content": [*(part(url) for url in urls), {"type": "text", "text": text}]}]
+
+
+def ask(client, **body):
+    return client.post("/v1/chat/completions", json=body)
+
+
+def animated(path, pictures):
+    lossless = {"lossless": True} if path.suffix == ".webp" else {}
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], **lossless)
+    return path
+
+
+def video(path, pictures, codec, rotation=0):
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.width, stream.height = pictures[0].size
+        stream.pix_fmt = "yuv420p"
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
+    return path
+
+
+# of Chromium
+FLAGS = ["--no-sandbox", "--headless", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
