@@ -223,7 +223,10 @@ FOREIGN = {"--help", "--index-url", "--threads", "--max-restarts"}  # argparse's
 
 @pytest.mark.parametrize("name", READMES)
 def test_flags_are_known(name):
-    sources = [*ROOT.glob("*.py"), *ROOT.glob("model/*.py"), *ROOT.glob("dataset/*.py"), *ROOT.glob("tests/**/*.py")]
+    sources = [
+        *ROOT.glob("*.py"),
+        *(file for name in ("model", "dataset", "web", "tests") for file in ROOT.glob(f"{name}/**/*.py")),
+    ]
     code = "\n".join(source.read_text(encoding="utf-8") for source in sources)
     known = set(re.findall(r'"(--\w+)"', code)) | {
         f"--{name}" for name in re.findall(r'^    "(\w+)": Setting', code, re.MULTILINE)
