@@ -115,6 +115,14 @@ def coco_prefix(folder, name):
     return prefix if not (folder / name).exists() and (folder / f"{prefix}{name}").exists() else ""
 
 
+def record(images, turns, **extra):
+    """One record of the published JSON formats; turns are (question, answer) pairs, images their file names."""
+    conversations = []
+    for asked, answer in turns:
+        conversations += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    return {**extra, "image": ", ".join(images), "conversations": conversations}
+
+
 class Problems:
     """Records that can't be used, counted by reason.
 
@@ -162,11 +170,3 @@ class Problems:
     def __str__(self):
         parts = [f"{len(numbers)} {reason}" for reason, numbers in self.numbers.items()]
         return f"{self.count} records left out ({', '.join(parts)})"
-
-
-def record(images, turns, **extra):
-    """One record of the published JSON formats; turns are (question, answer) pairs, images their file names."""
-    conversations = []
-    for asked, answer in turns:
-        conversations += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-    return {**extra, "image": ", ".join(images), "conversations": conversations}

@@ -107,25 +107,6 @@ def add_training_arguments(parser, learning_rate, data_path, images_path):
     )
 
 
-def parse_with_demo(parser, demo, flags=None):
-    """Parses the command line; `--demo` only puts the defaults `demo` in place of others, and each can still be given."""
-    add_switch(parser, "--demo", help="the embedded demo: a drawn picture world and small models, nothing downloaded")
-    args = parser.parse_args(flags)
-    if args.demo:
-        parser.set_defaults(**demo)
-        args = parser.parse_args(flags)
-    return args
-
-
-def pick_dtype(name, device):
-    """The precision of matrix products: as asked, or the best the device has."""
-    if name:
-        return DTYPES[name]
-    if device.startswith("cuda"):
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.float32
-
-
 def add_chat_arguments(parser):
     """The arguments of a program that answers: which weights, and how answers are drawn."""
     parser.add_argument(
@@ -154,6 +135,30 @@ def read_flag(name, text):
         raise argparse.ArgumentTypeError(str(problem)) from None
 
 
+def parse_with_demo(parser, demo, flags=None):
+    """Parses the command line; `--demo` only puts the defaults `demo` in place of others, and each can still be given."""
+    add_switch(parser, "--demo", help="the embedded demo: a drawn picture world and small models, nothing downloaded")
+    args = parser.parse_args(flags)
+    if args.demo:
+        parser.set_defaults(**demo)
+        args = parser.parse_args(flags)
+    return args
+
+
+def settings_of(args):
+    """The options of `Chat.stream` that were chosen on the command line."""
+    return {name: getattr(args, name) for name in SETTINGS}
+
+
+def pick_dtype(name, device):
+    """The precision of matrix products: as asked, or the best the device has."""
+    if name:
+        return DTYPES[name]
+    if device.startswith("cuda"):
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.float32
+
+
 def load_chat(args):
     """The `Chat` that the command line asks for. BadInput says which stage to run where its weights are missing."""
     weights = args.weights
@@ -174,8 +179,3 @@ def load_chat(args):
         args.max_frames,
         **model_sizes(args),
     )
-
-
-def settings_of(args):
-    """The options of `Chat.stream` that were chosen on the command line."""
-    return {name: getattr(args, name) for name in SETTINGS}
