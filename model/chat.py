@@ -1,5 +1,8 @@
 """A trained model that answers: load it, stream an answer, see where it looked, or answer many questions in batches."""
 
+import contextlib
+import os
+import threading
 from pathlib import Path
 
 import torch
@@ -14,6 +17,7 @@ from transformers import (
 from .checkpoint import load_tokenizer, load_vlm, read_notes, tokenizer_warning
 from .conversation import as_conversation, encode_conversations, tokenizer_fields
 from .cpu_speed import RowLinear, quantize
+from .decoder import Decoder, GraphDecoder
 from .errors import BadInput
 from .generate import Answer
 from .images import read_frames, read_pixels
@@ -64,6 +68,10 @@ class Chat:
             quantize(self.encoder.model, self.device)
         elif self.device.type == "cpu":
             RowLinear.put_into(self.model)
+        self.graph, self.graph_lock = None, threading.Lock()
+        if self.device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")  # 8 MB a stream, not 32
+            self.graph = GraphDecoder(self.model, 1, config.max_seq_len)
 
     def prompt(self, turns):
         """Token ids (1, T) of a conversation that ends with a question. BadInput if no answer would fit behind it."""
@@ -130,6 +138,17 @@ class Chat:
         blank = torch.zeros(3, self.encoder.image_size, self.encoder.image_size, dtype=torch.uint8)
         list(self.stream("?", [blank], max_new_tokens=2))
 
+    @contextlib.contextmanager
+    def decoder(self, length):
+        """A decoder of one answer, question included `length` tokens long: on a GPU the captured one, unless it is in use."""
+        if self.graph is None or not self.graph_lock.acquire(blocking=False):
+            yield Decoder(self.model, 1, length)
+            return
+        try:
+            yield self.graph
+        finally:
+            self.graph_lock.release()
+
     def attention(self, turns, images, token_ids):
         """Where the model looked: `MiniMindVLM.attention_maps` of an answer's token ids; turns, images: as in `stream`."""
         return self.model.attention_maps(self.prompt(turns), self.see(images), token_ids)
@@ -142,20 +161,32 @@ class Chat:
         """
         answers = [None] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths, little padding
-        for begin in range(0, len(order), batch_size):
-            chosen = order[begin : begin + batch_size]
-            width = max(len(prompts[i]) for i in chosen)
-            input_ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in chosen], device=self.device)
-            mask = torch.tensor(
-                [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen], device=self.device
+        graph = GraphDecoder(self.model, batch_size, self.config.max_seq_len) if self.device.type == "cuda" else None
+        for chosen in (order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)):
+            # a captured graph has a fixed batch, which is filled with the last question over and over
+            rows = chosen + chosen[-1:] * (batch_size - len(chosen)) if graph else chosen
+            width = max(len(prompts[i]) for i in rows)
+            blank = [width - len(prompts[i]) for i in rows]
+            input_ids = torch.tensor([[0] * n + prompts[i] for n, i in zip(blank, rows, strict=True)])
+            mask = torch.tensor([[0] * n + [1] * (width - n) for n in blank])
+            limit = min(max_new_tokens, self.config.max_seq_len - width)
+            decoder = graph or Decoder(self.model, len(rows), width + limit)
+            scores = decoder.prompt(
+                input_ids.to(self.device), torch.cat([features[i] for i in rows]), mask.to(self.device)
             )
-            output = self.model.generate(
-                input_ids,
-                attention_mask=mask,
-                image_features=torch.cat([features[i] for i in chosen]),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-            )
-            for i, ids in zip(chosen, output[:, width:].tolist(), strict=True):
-                answers[i] = self.tokenizer.decode(ids, skip_special_tokens=True)
+            written, done = [], torch.zeros(len(rows), 1, dtype=torch.bool, device=self.device)
+            for step in range(limit):
+                if step:
+                    scores = decoder.step(written[-1])
+                written.append(scores.argmax(dim=-1, keepdim=True))
+                done |= written[-1] == self.config.eos_token_id
+                if done.all():
+                    break
+            for i, ids in zip(chosen, torch.cat(written, dim=1).tolist(), strict=False):
+                answers[i] = self.decode([*ids, self.config.eos_token_id])
         return answers
+
+    def decode(self, ids):
+        """The text of an answer's token ids, up to the first `</s>`."""
+        ids = ids[: ids.index(self.config.eos_token_id)]
+        return self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""How an answer is drawn: what may be set, the cache of keys and values, and the text as it is written."""
+"""How an answer is drawn: what may be set, and the text as it is written."""
 
 import time
 from typing import NamedTuple
@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 
 from .errors import BadInput
-from .LMConfig import LMConfig
 
 
 class Setting(NamedTuple):
@@ -39,32 +38,6 @@ SETTINGS = {
     "repetition_penalty": Setting(float, 0.1, 10, 1.0, "above 1, tokens that were there before become less likely"),
     "seed": Setting(int, 0, 2**63 - 1, None, "the same seed draws the same answer (default: another each time)"),
 }
-
-
-class KVCache:
-    """Keys and values of one conversation, in memory reserved once; a caller of `update` gets views, never copies.
-
-    The three methods are those of transformers' caches that the model calls.
-    """
-
-    def __init__(self, config: LMConfig, length, device, dtype):
-        shape = (config.n_layers, 2, 1, config.n_kv_heads, length, config.head_dim)
-        self.memory = torch.empty(shape, device=device, dtype=dtype)
-        self.filled = [0] * config.n_layers
-
-    def update(self, k, v, layer_idx):
-        """Appends keys and values (1, K, T, C) of one layer; returns all of them so far, (1, K, S, C) each."""
-        begin, end = self.filled[layer_idx], self.filled[layer_idx] + k.shape[2]
-        keys, values = self.memory[layer_idx]
-        keys[:, :, begin:end], values[:, :, begin:end] = k, v
-        self.filled[layer_idx] = end
-        return keys[:, :, :end], values[:, :, :end]
-
-    def get_seq_length(self):
-        return self.filled[0]
-
-    def get_mask_sizes(self, query_length, layer_idx):
-        return self.filled[layer_idx] + query_length, 0
 
 
 class Answer:
@@ -114,18 +87,22 @@ class Answer:
     @torch.inference_mode()
     def tokens(self):
         """Token ids one by one, until one of the ends."""
+        with self.chat.decoder(self.ids.shape[1]) as decoder:
+            yield from self.decode_tokens(decoder)
+
+    def decode_tokens(self, decoder):
         chat, length, begun = self.chat, self.prompt_tokens, time.perf_counter()
-        cache = KVCache(chat.config, self.ids.shape[1], chat.device, chat.dtype)
-        new, features = self.ids[:, :length], chat.see(self.pixels)
         while length < self.ids.shape[1]:
             if self.stop_event is not None and self.stop_event.is_set():
                 self.finish_reason = "cancelled"
                 return
-            logits = chat.model(new, features, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+            if length == self.prompt_tokens:
+                logits = decoder.prompt(self.ids[:, :length], chat.see(self.pixels))
+            else:
+                logits = decoder.step(self.ids[:, length - 1 : length])
             self.ids[:, length] = self.choose(self.steps(self.ids[:, :length], logits.float()))
-            new, features = self.ids[:, length : length + 1], None
             length += 1
-            token = new.item()
+            token = self.ids[0, length - 1].item()
             seconds = time.perf_counter() - begun
             if self.first_token_seconds is None:
                 self.first_token_seconds = seconds

@@ -282,6 +282,7 @@ class MiniMindLM(PreTrainedModel, GenerationMixin):
         image_features (N, P, V): for `MiniMindVLM`, the batch's pictures in reading order.
         labels (B, T): aligned with input_ids, shifted here; -100 is ignored.
         attention_mask (B, S): 1 for real tokens, 0 for padding, S counting cached tokens too. Padding on the right needs none.
+            Or a finished mask (B, 1, T, S), True where a query may look, which then needs position_ids beside it.
         past_key_values: a transformers cache, filled in place; `use_cache=True` makes a new one where none is given.
         logits_to_keep: how many of the last positions get logits; 0 for all.
         num_items_in_batch: what the summed loss is divided by; the number of labels that count, if not given.
@@ -351,6 +352,8 @@ def positions(attention_mask, start, input_ids):
 
 def attention_pattern(attention_mask, start, input_ids, past_key_values):
     """(B or 1, 1, T, S) bool, True where the query of a row may look at the key of a column; None for plain causal."""
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return attention_mask
     length = input_ids.shape[1]
     width = (
         length if past_key_values is None else past_key_values.get_mask_sizes(length, 0)[0]

@@ -99,7 +99,7 @@ def say(chat, text, seconds=0.0):
     """Makes the model write these tokens and then `</s>`, whatever it is asked, each token in so many seconds."""
     script = [*chat.tokenizer(text, add_special_tokens=False)["input_ids"], chat.config.eos_token_id]
 
-    def forward(input_ids, features=None, past_key_values=None, logits_to_keep=0):
+    def forward(input_ids, past_key_values=None, **options):
         time.sleep(seconds)
         past_key_values.written = getattr(past_key_values, "written", -1) + 1
         token = script[min(past_key_values.written, len(script) - 1)]

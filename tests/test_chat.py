@@ -13,6 +13,7 @@ from dataset import demo
 from model.chat import Chat
 from model.checkpoint import load_tokenizer
 from model.conversation import as_conversation
+from model.decoder import Decoder, GraphDecoder
 from model.errors import BadInput
 from model.generate import before
 from model.model_vlm import find_placeholders
@@ -252,3 +253,21 @@ def test_score_keeps_the_system_turn_and_compares_no_picture_with_itself(chat, p
     (tmp_path / "score.json").write_text(json.dumps(records), encoding="utf-8")
     table = score(chat, tmp_path / "score.json", pictures[0].parent)
     assert table == {"question": (2, 1.0, None), "all": (2, 1.0, None)}
+
+
+@torch.inference_mode()
+def test_a_step_of_fixed_shapes_scores_as_one_that_grows(chat, pictures):
+    """What a GPU captures as a graph, here without one: two questions of different length, padded on the left."""
+    prompts = [chat.prompt(as_conversation(text, 1, chat.config))[0] for text in ("?", "左上角是什么颜色?")]
+    width = max(len(ids) for ids in prompts)
+    input_ids = torch.stack([F.pad(ids, (width - len(ids), 0)) for ids in prompts])
+    mask = torch.stack([F.pad(torch.ones_like(ids), (width - len(ids), 0)) for ids in prompts])
+    features = chat.see(pictures[:2])
+    growing, fixed = Decoder(chat.model, 2, 128), GraphDecoder(chat.model, 2, 128)
+    for decoder in (growing, fixed, fixed):  # the second time over what the first left behind
+        scores = [decoder.prompt(input_ids, features, mask)]
+        for _ in range(8):
+            scores.append(decoder.step(scores[-1].argmax(dim=-1, keepdim=True)).clone())
+        if decoder is growing:
+            expected = torch.stack(scores)
+        torch.testing.assert_close(torch.stack(scores), expected)
