@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -166,13 +167,16 @@ class VLMDataset(Dataset):
         return item
 
 
-def collate(items):
+def collate(items, few_shapes=False):
     """Items -> `input_ids`, `labels` (B, T), T the longest rounded up to 8; pictures of all samples in one flat list.
 
     `label_positions` (L,) are the places before labels that count, for `MiniMindLM`.
     `problems` lists the records that could not be used, each with its number in the file.
+    few_shapes: rounds T and L up so far that few sizes occur, as each needs a CUDA graph of its own; what L gains are
+    positions 0, whose next token never has a label.
     """
-    length = -(-max(len(item["input_ids"]) for item in items) // 8) * 8
+    length = max(len(item["input_ids"]) for item in items)
+    length = round_up(length, 8) if few_shapes else -(-length // 8) * 8
     batch = {
         "problems": [problem for item in items for problem in item["problems"]],
         "input_ids": torch.zeros(len(items), length, dtype=torch.long),
@@ -181,13 +185,22 @@ def collate(items):
     for row, item in enumerate(items):
         for name in ("input_ids", "labels"):
             batch[name][row, : len(item[name])] = torch.from_numpy(item[name])
-    batch["label_positions"] = positions_before_labels(batch["labels"])
+    positions = positions_before_labels(batch["labels"])
+    if few_shapes:
+        positions = F.pad(positions, (0, round_up(len(positions), 4) - len(positions)))
+    batch["label_positions"] = positions
     if "image_features" in items[0]:
         batch["image_features"] = torch.cat([item["image_features"] for item in items])  # (N, P, V)
     else:
         pixels = [pixels for item in items for pixels in item["pixel_values"]]
         batch["pixel_values"] = torch.stack(pixels) if pixels else None  # (N, 3, S, S)
     return batch
+
+
+def round_up(size, parts):
+    """The next multiple of 8, and of a `parts`-th of the power of two below: so many sizes from one power to the next."""
+    step = max(8, 2 ** (size.bit_length() - 1) // parts)
+    return -(-size // step) * step
 
 
 class Pictures(Dataset):

@@ -13,11 +13,12 @@ from transformers import PreTrainedTokenizerFast
 
 from dataset import demo
 from dataset.batches import LengthBatches, TokenBatches
-from dataset.dataset import VLMDataset, collate
+from dataset.dataset import VLMDataset, collate, round_up
 from dataset.records import parse_record
 from model.conversation import encode, encode_conversations, tokenizer_fields
 from model.errors import BadInput
 from model.LMConfig import LMConfig
+from model.model_vlm import MiniMindVLM
 
 
 def byte_tokenizer(texts, vocab_size=400):
@@ -286,3 +287,28 @@ def test_demo_answers_are_true():
         assert len({asked for asked, _ in pairs}) == len(pairs)  # one question, one answer
     answers = [demo.question(demo.random_scene(rng), rng, "exist")[1] for _ in range(1000)]
     assert 0.44 < sum(not answer.endswith("没有") for answer in answers) / 1000 < 0.56
+
+
+def test_batches_of_few_shapes_have_the_same_loss_and_gradient(world, tokenizer):
+    config = LMConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, vision_width=12, **tokenizer_fields(tokenizer))
+    dataset = VLMDataset(world / "sft.json", world / "images", tokenizer, config, 512, 32)
+    torch.manual_seed(0)
+    model = MiniMindVLM(config).train()
+    found = []
+    for few_shapes in (False, True):
+        batch = collate([dataset[i] for i in range(5)], few_shapes=few_shapes)
+        features = torch.ones(5, 50, 12)
+        model.zero_grad()
+        inputs = {name: batch[name] for name in ("input_ids", "labels", "label_positions")}
+        loss = model(**inputs, image_features=features, num_items_in_batch=100).loss
+        loss.backward()
+        found.append((loss, model.output.weight.grad.clone(), model.vision_proj.vision_proj[0].weight.grad.clone()))
+        shapes = batch["input_ids"].shape[1], len(batch["label_positions"])
+    torch.testing.assert_close(found[1], found[0])
+    assert shapes == (round_up(shapes[0], 8), round_up(shapes[1], 4))
+
+
+def test_rounded_up_sizes_are_few_and_not_much_larger():
+    sizes = {round_up(size, 8) for size in range(64, 513)}
+    assert len(sizes) <= 3 * 8 + 1
+    assert all(size <= round_up(size, 8) <= max(size + 7, 1.125 * size) for size in range(1, 513))

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +36,13 @@ from model.conversation import tokenizer_fields
 from model.errors import BadInput
 from model.files import replace_file
 from model.LMConfig import LMConfig
+from model.model import can_group
 from model.model_vlm import MiniMindVLM
 from model.vision_utils import load_vision
 
 from .distributed import Processes, Stop, ignore_signals
 from .feature_cache import open_cache
+from .graphs import GraphedBackward
 from .logs import Log, tell
 
 # --- what a stage needs ---------------------------------------------------------------------------------------------
@@ -182,6 +185,10 @@ class Run:
         self.args, self.stage, self.processes = args, stage, processes
         self.model, self.encoder, self.tokenizer = model, encoder, tokenizer
         self.weights_file, self.history = weights_file, history
+        self.dtype = pick_dtype(args.dtype, args.device)
+        # of what is captured as CUDA graphs; experts one by one would have to be counted by the host
+        self.few_shapes = args.device.startswith("cuda") and processes.world == 1 and not args.compile
+        self.few_shapes &= not args.use_moe or can_group(torch.empty(1, device=args.device, dtype=self.dtype))
         training, kept = split(dataset, args.val_fraction, args.seed)
         place = (processes.rank, processes.world)
         size = self.step_size(saved)
@@ -197,7 +204,6 @@ class Run:
         self.held_out = self.load(held_out, SortedBatches(kept, held_out.lengths, args.batch_size, *place))
         self.problems = dataset.problems
         self.fingerprint = zlib.crc32(dataset.ids.values.numpy(), zlib.crc32(dataset.lengths))
-        self.dtype = pick_dtype(args.dtype, args.device)
         self.scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=self.dtype == torch.float16)
         if args.freeze_llm:
             model.requires_grad_(False).vision_proj.requires_grad_(True)
@@ -217,12 +223,17 @@ class Run:
         self.parallel = compiled(model, args.device) if args.compile else model
         if processes.world > 1:
             self.parallel = DistributedDataParallel(self.parallel)
+        self.gradients = self.backward
+        if self.few_shapes:
+            for parameter in trained:
+                parameter.grad = torch.zeros_like(parameter)
+            self.gradients = GraphedBackward(self.backward, args.device)
 
     def load(self, dataset, batches):
         return DataLoader(
             dataset,
             batch_sampler=batches,
-            collate_fn=collate,
+            collate_fn=partial(collate, few_shapes=self.few_shapes),
             num_workers=self.args.num_workers,
             worker_init_fn=ignore_signals,
             pin_memory=self.args.device.startswith("cuda"),
@@ -372,17 +383,14 @@ class Run:
         rate = learning_rate_at(self.step, self.steps, args.learning_rate, args.warmup_iters)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        answers = sum(len(batch["label_positions"]) for batch in batches)
+        answers = sum(int((batch["labels"] != -100).sum()) for batch in batches)
         agreed = self.processes.sum(torch.tensor([answers, float(stop.signal is not None)], dtype=torch.float64))
         answers, stopping = agreed.tolist()
         total = torch.zeros((), device=args.device)
         for i, batch in enumerate(batches):
             waits = self.processes.world > 1 and i < len(batches) - 1  # gradients are exchanged with the last one
             with self.parallel.no_sync() if waits else contextlib.nullcontext():
-                loss = self.loss(batch, answers)
-                # DistributedDataParallel averages gradients over processes; the loss is already a share of the whole
-                self.scaler.scale(loss * self.processes.world).backward()
-            total = total + loss.detach()
+                total = total + self.gradients(batch, answers)
         self.scaler.unscale_(self.optimizer)
         self.norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.grad_clip)
         good = self.norm.isfinite()
@@ -394,6 +402,13 @@ class Run:
         self.seen += sum(len(batch["input_ids"]) for batch in batches) * self.processes.world
         return bool(stopping)
 
+    def backward(self, batch, answers):
+        """Adds the gradients of one micro-batch; returns its loss."""
+        loss = self.loss(batch, answers)
+        # DistributedDataParallel averages gradients over processes; the loss is already a share of the whole
+        self.scaler.scale(loss * self.processes.world).backward()
+        return loss.detach()
+
     def update(self, good):
         """The optimizer's step, left out if `good` is false; with a scaler, that looks for itself."""
         if self.scaler.is_enabled():
@@ -404,7 +419,7 @@ class Run:
             self.optimizer.step()
         elif good:
             self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.few_shapes)
 
     def loss(self, batch, answers):
         """One micro-batch's summed loss over `answers`, the answer tokens of the whole step."""
@@ -455,7 +470,7 @@ class Run:
         for batch in self.held_out:
             self.held_out.dataset.problems.take(batch)
             sums[0] += self.loss(batch, 1)
-            sums[1] += len(batch["label_positions"])
+            sums[1] += (batch["labels"] != -100).sum()
         loss, answers = self.processes.sum(sums).tolist()
         self.parallel.train()
         return loss / answers
