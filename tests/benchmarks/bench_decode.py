@@ -78,12 +78,12 @@ def plain_loop(chat, input_ids, features):
         logits = chat.model(new, past_key_values=cache).logits[:, -1]
 
 
-def generate(chat, input_ids, features):
-    options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
+def generate(chat, input_ids, features, tokens=TOKENS):
+    options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
     begun = time.perf_counter()
     output = chat.model.generate(input_ids, image_features=features, **options)
     seconds = time.perf_counter() - begun
-    return output[0, input_ids.shape[1] :].tolist(), len(input_ids) * TOKENS / seconds, None
+    return output[0, input_ids.shape[1] :].tolist(), len(input_ids) * tokens / seconds, None
 
 
 @contextlib.contextmanager
@@ -94,16 +94,16 @@ def no_end(chat):
     chat.config.eos_token_id = eos
 
 
-def stream(chat, pixels):
-    answer = chat.stream(QUESTION, [pixels], max_new_tokens=TOKENS, temperature=0)
+def stream(chat, pixels, tokens=TOKENS):
+    answer = chat.stream(QUESTION, [pixels], max_new_tokens=tokens, temperature=0)
     with no_end(chat):
         list(answer.tokens())
     return answer.token_ids, answer.tokens_per_second, answer.first_token_seconds
 
 
-def best(run, *inputs):
-    """The fastest of five runs: (token ids, tokens/s, seconds to the first token)."""
-    return max((run(*inputs) for _ in range(5)), key=lambda result: result[1])
+def best(run, *inputs, times=5):
+    """The fastest of several runs: (token ids, tokens/s, seconds to the first token)."""
+    return max((run(*inputs) for _ in range(times)), key=lambda result: result[1])
 
 
 def plain_layers(chat):

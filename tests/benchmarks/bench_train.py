@@ -70,27 +70,38 @@ def flops(config, encoder, lengths, answers, cached):
     return lm + projector, 0 if cached else picture * len(lengths)
 
 
-def ours(args, run, laps):
-    """Seconds of `args.steps` steps of the trainer, and the samples of each batch they took."""
-    run.encoder = laps.wrap("clip", run.encoder)
-    run.loss = laps.wrap("forward", run.loss)
-    run.update = laps.wrap("optimizer", run.update)
-    next_step, stop = laps.wrap("data", next), Stop(quiet=True)
-    batches, parts = list(run.sampler), run.sampler.parts
+def ours(args, run):
+    """(seconds of `args.steps` steps of the trainer, the samples of each of their batches, seconds a step by its parts).
+
+    The parts are taken in steps of their own, as to wait for each of them costs time.
+    """
+    stop, parts = Stop(quiet=True), run.sampler.parts
+    batches = list(run.sampler)[args.warm_up * parts : (args.warm_up + args.steps) * parts]
     steps = grouped(iter(run.loader), parts)
     run.parallel.train()
+    run.sampler.begin(0)
     for _ in range(args.warm_up):
-        run.advance(next_step(steps), stop)
-    laps.seconds.clear()
+        run.advance(next(steps), stop)
     synchronize(args.device)
     begun = time.perf_counter()
     for _ in range(args.steps):
-        run.advance(next_step(steps), stop)
+        run.advance(next(steps), stop)
     synchronize(args.device)
     seconds = time.perf_counter() - begun
+    laps, graphed = Laps(args.device), run.gradients
+    run.gradients = run.backward  # no captured graph, of which no part can be timed
+    run.encoder = laps.wrap("clip", run.encoder)
+    run.loss = laps.wrap("forward", run.loss)
+    run.update = laps.wrap("optimizer", run.update)
+    next_step, advance = laps.wrap("data", next), laps.wrap("step", run.advance)
+    for _ in range(args.lap_steps):
+        advance(next_step(steps), stop)
     stop.end()
-    laps.seconds["forward"] -= laps.seconds.get("clip", 0.0)  # which is a part of it
-    return seconds, batches[args.warm_up * parts : (args.warm_up + args.steps) * parts]
+    run.gradients = graphed
+    each = {name: spent / args.lap_steps for name, spent in laps.seconds.items()}
+    each["forward"] -= each.get("clip", 0.0)  # which is a part of it
+    each["backward"] = each.pop("step") - sum(each.values()) + each["data"]
+    return seconds, batches, each
 
 
 def original(args, model, encoder, dataset, batches):
@@ -146,14 +157,51 @@ def original(args, model, encoder, dataset, batches):
     return time.perf_counter() - begun
 
 
-def parse():
+def measure(args, run, dataset, roof):
+    """A dictionary of what a run's steps cost. roof: FLOP/s and bytes/s that this machine can do at best."""
+    if args.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    encoder = run.encoder
+    seconds, batches, each = ours(args, run)
+    samples = [i for batch in batches for i in batch]
+    lengths = dataset.lengths[samples]
+    answers = sum(int(dataset.answers[i].sum()) for i in samples)
+    padded = sum(len(batch) * -(-dataset.lengths[batch].max() // 8) * 8 for batch in batches)
+    lm_flops, clip_flops = flops(run.model.config, encoder, lengths, answers, args.cache_features)
+    product, copy = roof
+    size = f"of {args.batch_tokens} tokens" if args.batch_tokens else args.batch_size
+    return {
+        "device": device_name(args.device),
+        "torch": torch.__version__,
+        "config": f"{args.dim}+{args.n_layers}{' moe' if args.use_moe else ''}, {run.dtype}, {run.stage}, batch {size}",
+        "cached": args.cache_features,
+        "compiled": args.compile,
+        "workers": args.num_workers,
+        "samples_per_s": round(len(samples) / seconds, 2),
+        "tokens_per_s": round(float(lengths.sum() / seconds)),
+        "tokens_per_sample": round(float(lengths.mean()), 1),
+        "padding": round(float(1 - lengths.sum() / padded), 3),
+        "peak_gb": round(peak_memory(args.device) / 1e9, 2),
+        "gflop_per_sample": {
+            "lm": round(lm_flops / len(samples) / 1e9, 2),
+            "clip": round(clip_flops / len(samples) / 1e9, 2),
+        },
+        "seconds_per_step": {"all": round(seconds / args.steps, 5)} | {name: round(s, 5) for name, s in each.items()},
+        "roof_tflops": round(product / 1e12, 3),
+        "copy_gb_per_s": round(copy / 1e9, 1),
+        "fraction_of_roof": round((lm_flops + clip_flops) / seconds / product, 3),
+    }
+
+
+def parse(flags=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_training_arguments(parser, 4e-4, None, None)
     parser.add_argument("--stage", choices=["pretrain", "sft"], default="pretrain", help="how long the records are")
     parser.add_argument("--steps", type=int, default=10, help="that are measured")
     parser.add_argument("--warm_up", type=int, default=3, help="steps before them")
+    parser.add_argument("--lap_steps", type=int, default=5, help="steps after them, in which each part is timed")
     parser.add_argument("--baseline", action="store_true", help="also do the same work in the original's manner")
-    return parser.parse_args()
+    return parser.parse_args(flags)
 
 
 def main():
@@ -161,7 +209,8 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         batch_size = args.batch_tokens // 80 if args.batch_tokens else args.batch_size
-        make_files(folder, batch_size * args.accumulation_steps * (args.steps + args.warm_up + 1), args.stage)
+        steps = args.steps + args.warm_up + args.lap_steps + 1
+        make_files(folder, batch_size * args.accumulation_steps * steps, args.stage)
         args.vision_path, args.tokenizer_path = str(folder / "clip"), str(folder / "tokenizer")
         args.data_path, args.images_path, args.out_dir = folder / "data.json", folder / "images", folder / "out"
         processes = Processes(args.device)
@@ -171,43 +220,12 @@ def main():
         if args.cache_features:
             open_cache(args, dataset, encoder, processes)
         run = Run(args, args.stage, processes, *parts, folder / "out" / "weights.pth", [], None)
-        laps, dtype = Laps(args.device), pick_dtype(args.dtype, args.device)
-        if args.device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats()
-        seconds, batches = ours(args, run, laps)
-        samples = [i for batch in batches for i in batch]
-        lengths = dataset.lengths[samples]
-        answers = sum(int(dataset.answers[i].sum()) for i in samples)
-        padded = sum(len(batch) * -(-dataset.lengths[batch].max() // 8) * 8 for batch in batches)
-        lm_flops, clip_flops = flops(model.config, encoder, lengths, answers, args.cache_features)
-        size = f"of {args.batch_tokens} tokens" if args.batch_tokens else args.batch_size
-        peak = peak_memory(args.device)
-        product, copy = roofs(args.device, dtype)
-        result = {
-            "device": device_name(args.device),
-            "torch": torch.__version__,
-            "config": f"{args.dim}+{args.n_layers}, {dtype}, {args.stage}, batch {size}",
-            "cached": args.cache_features,
-            "samples_per_s": round(len(samples) / seconds, 2),
-            "tokens_per_s": round(float(lengths.sum() / seconds)),
-            "tokens_per_sample": round(float(lengths.mean()), 1),
-            "padding": round(float(1 - lengths.sum() / padded), 3),
-            "peak_gb": round(peak / 1e9, 2),
-            "gflop_per_sample": {
-                "lm": round(lm_flops / len(samples) / 1e9, 2),
-                "clip": round(clip_flops / len(samples) / 1e9, 2),
-            },
-            "seconds_per_step": {name: round(value / args.steps, 4) for name, value in laps.seconds.items()},
-            "roof_tflops": round(product / 1e12, 3),
-            "copy_gb_per_s": round(copy / 1e9, 1),
-            "fraction_of_roof": round((lm_flops + clip_flops) / seconds / product, 3),
-        }
-        rest = seconds - sum(laps.seconds.values())
-        result["seconds_per_step"]["backward"] = round(rest / args.steps, 4)
+        result = measure(args, run, dataset, roofs(args.device, run.dtype))
         if args.baseline:
-            slow = original(args, model, encoder, dataset, batches)
-            result["baseline_samples_per_s"] = round(len(samples) / slow, 2)
-            result["ratio"] = round(slow / seconds, 2)
+            batches = list(run.sampler)[: args.steps]
+            seconds = original(args, model, encoder, dataset, batches)
+            result["baseline_samples_per_s"] = round(sum(map(len, batches)) / seconds, 2)
+            result["ratio"] = round(result["samples_per_s"] / result["baseline_samples_per_s"], 2)
     print(json.dumps(result))
 
 

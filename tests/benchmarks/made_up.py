@@ -29,13 +29,21 @@ def words(rng, count):
     ]
 
 
-def make_files(folder, pictures, stage="pretrain"):
-    """CLIP, tokenizer, pictures and records, in the layout of the real ones.
+def make_files(folder, pictures, stage="pretrain", clip=None):
+    """CLIP, tokenizer, pictures and a record for each of them in `data.json`, in the layout of the real ones.
 
-    Records of "pretrain" have 80 to 110 tokens, the picture's 50 among them, those of "sft" 100 to 400, in up to 4 turns.
+    clip: the encoder's config, a ViT-B/32's if None.
     """
+    CLIPVisionModel(clip or CLIPVisionConfig()).save_pretrained(folder / "clip")
+    tokenizer = make_tokenizer(folder / "tokenizer")
     rng = random.Random(0)
-    CLIPVisionModel(CLIPVisionConfig()).save_pretrained(folder / "clip")
+    (folder / "images").mkdir()
+    for i in range(pictures):
+        demo.draw(demo.random_scene(rng), rng).resize((128, 128)).save(folder / "images" / f"{i}.jpg", quality=90)
+    make_records(folder / "data.json", tokenizer, stage, [f"{i}.jpg" for i in range(pictures)])
+
+
+def make_tokenizer(folder):
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -44,22 +52,29 @@ def make_files(folder, pictures, stage="pretrain"):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(words(rng, 40000), trainer)
+    tokenizer.train_from_iterator(words(random.Random(0), 40000), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    fast.save_pretrained(folder / "tokenizer")
+    fast.save_pretrained(folder)
+    return fast
+
+
+def make_records(file, tokenizer, stage, pictures, repeat=1):
+    """A record for each picture, the whole list `repeat` times over.
+
+    Records of "pretrain" have 80 to 110 tokens, the picture's 50 among them, those of "sft" 100 to 400, in up to 4 turns.
+    """
+    rng = random.Random(0)
 
     def text(tokens):
         """Words of about so many tokens."""
         said = words(rng, tokens)
-        lengths = [len(ids) for ids in encode(fast, said)]
+        lengths = [len(ids) for ids in encode(tokenizer, said)]
         while sum(lengths) > tokens:
             lengths.pop()
         return "".join(said[: len(lengths)])
 
-    (folder / "images").mkdir()
     records = []
-    for i in range(pictures):
-        demo.draw(demo.random_scene(rng), rng).resize((128, 128)).save(folder / "images" / f"{i}.jpg", quality=90)
+    for picture in pictures:
         if stage == "pretrain":
             turns = [(f"{text(5)}\n<image>", text(rng.randint(12, 42)))]
         else:
@@ -67,8 +82,8 @@ def make_files(folder, pictures, stage="pretrain"):
             count = min(4, 1 + tokens // 80)
             turns = [(text(15), text(max(8, tokens // count - 15))) for _ in range(count)]
             turns[0] = (f"<image>\n{turns[0][0]}", turns[0][1])
-        records.append(demo.record([f"{i}.jpg"], turns))
-    (folder / "data.json").write_text(json.dumps(records))
+        records.append(demo.record([picture], turns))
+    file.write_text(json.dumps(records * repeat))
 
 
 def roofs(device, dtype):
