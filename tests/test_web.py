@@ -387,11 +387,13 @@ def test_who_waits_is_told_the_place(app, client):
 class Visitor:
     """A raw connection that asks and can hang up at any moment; it keeps back the last bytes if `slow`."""
 
-    def __init__(self, address, slow=False, **body):
+    def __init__(self, address, slow=False, path="/v1/chat/completions", **body):
         host, port = address.removeprefix("http://").split(":")
         self.socket = socket.create_connection((host, int(port)), timeout=20)
         data = json.dumps(body).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+        )
         self.socket.sendall(head.encode() + data[: -5 if slow else None])
 
     def read_pieces(self, count):
@@ -451,6 +453,28 @@ def test_who_hangs_up_is_forgotten(app):
         silent.hang_up()
         eventually(lambda: not app.line.tickets)
         assert app.generated - generated <= 2
+
+
+def test_attention_is_not_computed_for_a_client_that_hung_up(app, pictures, monkeypatch):
+    computed = []
+    attention = app.chat.attention
+    monkeypatch.setattr(app.chat, "attention", lambda *args: computed.append(args) or attention(*args))
+    body = {"path": "/attention", "messages": question("？", data_url(pictures[0])), "token_ids": [5, 6]}
+    with serving(app) as address:
+        busy = app.line.join()  # as if an answer were being written
+        waiting = Visitor(address, **body)
+        eventually(lambda: len(app.line.tickets) == 2)
+        waiting.hang_up()
+        eventually(lambda: app.line.tickets == [busy])  # it left the queue, although the answer is not finished
+        late = Visitor(address, **body)
+        eventually(lambda: len(app.line.tickets) == 2)
+        late.hang_up()
+        app.line.leave(busy)  # nobody is ahead of it any more
+        eventually(lambda: not app.line.tickets)
+        assert computed == []
+        patient = Visitor(address, **body)
+        eventually(lambda: len(computed) == 1)
+        patient.hang_up()
 
 
 # --- the program ----------------------------------------------------------------------------------------------------

@@ -32,6 +32,8 @@ from .requests import (
     read_options,
 )
 
+CLIENT_GONE = "", 499  # the client has hung up, so nobody reads this response
+
 
 def tell_error(error):
     """An error in the shape of OpenAI's API."""
@@ -148,9 +150,8 @@ def add_api(app, defaults):
             response.call_on_close(lambda: line.leave(ticket))
             return response
         try:
-            for _ in line.ahead(ticket):
-                if hangup.is_set():
-                    return "", 499  # nobody reads it
+            if not line.reach(ticket, hangup):
+                return CLIENT_GONE
             text = "".join(counted(answer))
         finally:
             line.leave(ticket)
@@ -179,6 +180,8 @@ def add_api(app, defaults):
             if hangup.is_set():
                 return
             yield f": waiting {place}\n\n"
+        if hangup.is_set():
+            return
         yield chunk({"role": "assistant", "content": ""})
         sent = 0
         for piece in counted(answer):
@@ -206,10 +209,11 @@ def add_api(app, defaults):
             good and 0 < len(ids) <= room,
             f"token_ids should be 1 to {room} token ids, from 0 to {chat.config.vocab_size - 1}",
         )
+        hangup = Hangup(request.environ)
         ticket = line.join()
         try:
-            for _ in line.ahead(ticket):
-                pass
+            if not line.reach(ticket, hangup):
+                return CLIENT_GONE
             shares = chat.attention(turns, flat(media), ids)[..., 1:]  # without the class token, which has no place
         finally:
             line.leave(ticket)

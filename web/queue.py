@@ -48,6 +48,13 @@ class Line:
             if place:
                 yield place
 
+    def reach(self, ticket, hangup):
+        """Waits until nobody is before this ticket; False if its client has hung up by then, and needs no answer."""
+        for _ in self.ahead(ticket):
+            if hangup.is_set():
+                return False
+        return not hangup.is_set()
+
     def leave(self, ticket):
         with self.changed:
             self.tickets.remove(ticket)
