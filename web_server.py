@@ -1,17 +1,17 @@
-"""The chat page, and the same model behind an API that OpenAI's clients speak.
+"""The chat page, and an API for the same model that OpenAI's clients speak.
 
 python web_server.py                     # out/512_vlm_sft.pth on http://127.0.0.1:7788
 python web_server.py --demo              # the demo's model
 python web_server.py --weights FILE --host 0.0.0.0 --port 80
-python web_server.py --watch             # only the curves of trainings, without a model
+python web_server.py --watch             # only the training curves, without a model
 
-Any other WSGI server can run it in one process with many threads:
+Any other WSGI server can run it, in one process with many threads:
 gunicorn --threads 32 'web_server:create_app("--demo")'
 
-GET  /                      the page                       GET  /v1/models        what is served
-POST /v1/chat/completions   ask, streamed or whole         GET  /health           how the server is
-POST /attention             where the model looked         GET  /info             what the page needs to know
-GET  /training              curves of trainings            GET  /training/runs    what they are drawn from
+GET  /                      the chat page                  GET  /v1/models        the model that is served
+POST /v1/chat/completions   an answer, streamed or whole   GET  /health           status of the server
+POST /attention             where the model looked         GET  /info             what the chat page needs to know
+GET  /training              the page of training curves    GET  /training/runs    the data of its curves
 """
 
 import argparse
@@ -29,11 +29,11 @@ from werkzeug.serving import make_server
 from model.arguments import add_chat_arguments, add_model_arguments, add_switch, load_chat, parse_with_demo, settings_of
 from model.errors import BadInput, run_script
 from model.stages import DEMO_MODEL
-from web.api import add_api, add_page, add_training, guard, tell_error
-from web.queue import Line
+from web.api import ChatAPI, add_chat_page, add_security_headers, add_training_page, error_response
+from web.queue import RequestQueue
 from web.requests import MAX_REQUEST
 
-DEMO = {**DEMO_MODEL, "temperature": 0.0}  # the demo's questions have one right answer
+DEMO = {**DEMO_MODEL, "temperature": 0.0}  # each question about the demo's pictures has one right answer
 
 
 def parse_arguments(flags):
@@ -41,46 +41,54 @@ def parse_arguments(flags):
     add_model_arguments(parser)
     add_chat_arguments(parser)
     add_switch(
-        parser, "--multi", help="the model that was trained on several pictures at a time, and sample pictures for it"
+        parser, "--multi", help="use the model trained on several pictures at a time, and sample pictures for it"
     )
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default %(default)s)")
     parser.add_argument("--port", type=int, default=7788)
     parser.add_argument(
-        "--queue", type=int, default=8, help="how many may wait while one is answered (default %(default)s)"
+        "--queue", type=int, default=8, help="requests that may wait while one is answered (default %(default)s)"
     )
-    add_switch(parser, "--watch", help="only the curves of trainings, at /training, without a model")
+    add_switch(parser, "--watch", help="show only the training curves, at /training, without a model")
     return parse_with_demo(parser, DEMO, flags)
 
 
 def create_app(*flags):
     """The Flask application, its model loaded and warmed up. Takes the flags of the command line."""
+    # what every response needs, with a model or without
     args = parse_arguments(flags)
     app = Flask(__name__, static_folder="web/static", static_url_path="/web")
     app.json.ensure_ascii = False
-    app.after_request(guard)
-    app.register_error_handler(HTTPException, tell_error)
-    app.register_error_handler(BadInput, tell_error)
-    add_training(app, Path(args.out_dir).absolute())
+    app.after_request(add_security_headers)
+    app.register_error_handler(HTTPException, error_response)
+    app.register_error_handler(BadInput, error_response)
+
+    # training curves need no model
+    add_training_page(app, Path(args.out_dir).absolute())
     if args.watch:
         app.add_url_rule("/", view_func=lambda: redirect("training"))
         return app
-    chat = load_chat(args)
-    chat.warm_up()
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # read_medium has a limit of its own
+
+    # limits of uploads; Pillow's own warning about large pictures would be one more, on the terminal
     app.config["MAX_CONTENT_LENGTH"] = MAX_REQUEST
-    app.chat, app.line, app.generated = chat, Line(args.queue), 0
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+    # the model, its API and the chat page
+    app.chat = load_chat(args)
+    app.chat.warm_up()
+    settings = settings_of(args)
+    app.api = ChatAPI(app.chat, RequestQueue(args.queue), settings)
+    app.api.add_routes(app)
     samples = Path("dataset/eval_multi_images" if args.multi else "dataset/eval_images").absolute()
-    add_page(app, samples, settings_of(args))
-    add_api(app, settings_of(args))
+    add_chat_page(app, app.chat, samples, settings)
     return app
 
 
 def main():
     args = parse_arguments(sys.argv[1:])
     app = create_app(*sys.argv[1:])
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # no line for every request
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # don't print a line for every request
     server = make_server(args.host, args.port, app, threaded=True)
-    print("watching trainings" if args.watch else app.chat.loaded)
+    print("showing training curves only" if args.watch else app.chat.loaded)
     print(f"open http://{args.host}:{server.port} (Ctrl-C stops)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()

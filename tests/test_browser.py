@@ -109,10 +109,10 @@ def test_ask_watch_stop_ask_again(visit, app, pictures):
     expect(bubble(page, 1)).to_contain_text("左上角红色")
     page.locator("#send-button").click()  # which stops now
     expect(page.locator(".speed").nth(1)).to_contain_text("已停止")
-    shown, generated = bubble(page, 1).inner_text(), app.generated
+    shown, generated = bubble(page, 1).inner_text(), app.api.generated_tokens
     page.wait_for_timeout(300)
     assert bubble(page, 1).inner_text() == shown != LONG
-    assert app.generated - generated <= 2  # and the server with it
+    assert app.api.generated_tokens - generated <= 2  # and the server with it
 
     page.locator(".answer").nth(1).get_by_role("button", name="重新回答").click()
     expect(bubble(page, 1)).to_have_text(LONG)

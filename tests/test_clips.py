@@ -138,17 +138,17 @@ def test_clips_come_in_by_the_api(client, pictures, tmp_path):
 
 
 def test_clips_that_can_t_be_read_are_refused(client, tmp_path, monkeypatch):
-    monkeypatch.setattr("web.requests.MAX_CLIP_PIXELS", 100_000)
+    monkeypatch.setattr("web.requests.MAX_VIDEO_PIXELS", 100_000)
     film = video(tmp_path / "a.mp4", shades(9), "libx264")
     long = video(tmp_path / "long.mp4", shades(50), "libx264")
     heavy = animated(tmp_path / "heavy.gif", shades(40))
     for one, says in (
         (part("image_url", data_url(film, "video/mp4")), "a video should be sent as video_url"),
         (part("video_url", "data:video/mp4;base64,AAAA"), "picture 1 can't be read: Invalid data"),
-        (part("video_url", data_url(film, "video/x-msvideo")), "no picture or clip, or of a kind that is not read"),
+        (part("video_url", data_url(film, "video/x-msvideo")), "not a picture or video, or not in a supported format"),
         (part("video_url", data_url(long, "video/mp4")), "50 frames of 64x48 are too long a video: cut it"),
-        (part("video_url", data_url(heavy, "image/gif")), "it has 40 frames, too many of this size: cut it"),
-        (part("video_url", "http://example.com/a.mp4"), "only data: URLs are read"),
+        (part("video_url", data_url(heavy, "image/gif")), "it has 40 frames, too many of this size: shorten it"),
+        (part("video_url", "http://example.com/a.mp4"), "only data: URLs are supported"),
     ):
         reply = ask(client, messages=[{"role": "user", "content": [one, {"type": "text", "text": "?"}]}])
         assert reply.status_code == 400 and says in reply.get_json()["error"]["message"], reply.get_json()

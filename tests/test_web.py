@@ -191,17 +191,20 @@ def malformed(good):
             [{"role": "user", "content": "?", "mood": "good"}],
             "a message has no field 'mood'; it can have content, name, role",
         ),
-        ([{"role": "user", "content": ["?"]}], "a part of type None can't be read"),
-        ([{"role": "user", "content": [{"type": "audio"}]}], "a part of type 'audio' can't be read"),
-        ([{"role": "user", "content": [{"type": "text", "text": 1}]}], "should have text under text"),
+        ([{"role": "user", "content": ["?"]}], "parts of type None are not supported, only text, image_url, video_url"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], "parts of type 'audio' are not supported"),
+        ([{"role": "user", "content": [{"type": "text", "text": 1}]}], "should have a string under text"),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": good}]}],
-            "should have text under image_url.url",
+            "should have a string under image_url.url",
         ),
-        ([{"role": "system", "content": [part(good)]}], "only user messages can have pictures"),
+        ([{"role": "system", "content": [part(good)]}], "only user messages can have pictures, not system messages"),
         ([{"role": "assistant", "content": "<image>!"}, *fine], "only user messages can have pictures"),
         ([{"role": "system", "content": "<" * 25 + ">" * 25}, *fine], "only user messages can have pictures"),
-        ([{"role": "system", "content": ""}] * 128 + fine, "there are 129 messages, more than the 128 tokens"),
+        (
+            [{"role": "system", "content": ""}] * 128 + fine,
+            "there are 129 messages, more than the 128 tokens of the model's context",
+        ),
         ([*fine, {"role": "assistant", "content": "!"}], "the last message should be the user's question"),
         (question(""), "the question is empty"),
         (question(" \n", good), "the question is empty"),
@@ -210,23 +213,26 @@ def malformed(good):
         (question("\ud800"), "lone surrogate"),
         (question("<image>?"), "0 images were given, but the question has 1 <image>"),
         (question("<image><image>?", good), "1 images were given, but the question has 2 <image>"),
-        (question("?", *[good] * 50), "50 pictures were sent, and the model's context holds 25 at most"),
+        (question("?", *[good] * 50), "50 pictures were sent, but the model's context holds 25 at most"),
         (
             question("?", "https://example.com/a.png"),
-            "picture 1: only data: URLs are read, this server fetches nothing",
+            "picture 1: only data: URLs are supported, this server downloads nothing",
         ),
-        (question("?", "file:///etc/passwd"), "only data: URLs are read"),
-        (question("?", good, ""), "picture 2: only data: URLs are read"),
+        (question("?", "file:///etc/passwd"), "only data: URLs are supported"),
+        (question("?", good, ""), "picture 2: only data: URLs are supported"),
         (question("?", "data:image/png,abc"), "should be in base64"),
-        (question("?", "data:image/png;base64,@@@@"), "its base64 is broken"),
-        (question("?", "data:image/png;base64,图图图图"), "its base64 is broken"),
-        (question("?", "data:image/png;base64,"), "picture 1 can't be read: no picture"),
-        (broken(b"not a picture at all"), "picture 1 can't be read: no picture or clip, or of a kind that is not read"),
-        (broken(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "svg+xml"), "can't be read: no picture"),
-        (broken(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "eps"), "can't be read: no picture"),
+        (question("?", "data:image/png;base64,@@@@"), "its base64 is invalid"),
+        (question("?", "data:image/png;base64,图图图图"), "its base64 is invalid"),
+        (question("?", "data:image/png;base64,"), "picture 1 can't be read: not a picture"),
+        (
+            broken(b"not a picture at all"),
+            "picture 1 can't be read: not a picture or video, or not in a supported format",
+        ),
+        (broken(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "svg+xml"), "can't be read: not a picture"),
+        (broken(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "eps"), "can't be read: not a picture"),
         (broken(content[: len(content) // 2]), "picture 1 can't be read: .*truncated"),
         (broken(content[:20]), "picture 1 can't be read"),
-        (question("?", bomb(10_000, 10_000)), "picture 1: it has 100 megapixels, over 50"),
+        (question("?", bomb(10_000, 10_000)), "picture 1: it has 100 megapixels, over the limit of 50"),
         (question("?", bomb(60_000, 60_000)), "picture 1 can't be read: Image size .* exceeds limit"),
         (question("?", bomb(100, 100)), "picture 1 can't be read"),
     ]
@@ -243,7 +249,7 @@ def malformed(good):
         ({"top_k": [8]}, r"top_k should be a number, not \[8\]"),
         ({"seed": 2**80}, "seed should be a whole number"),
         ({"repetition_penalty": 0}, "repetition_penalty should be a number from 0.1"),
-        ({"stop": ["a", ""]}, "stop should be a text, or up to four of them"),
+        ({"stop": ["a", ""]}, "stop should be a text, or a list of up to four texts"),
         ({"stop": ["a"] * 5}, "stop should be a text"),
         ({"stop": 5}, "stop should be a text"),
         ({"n": 3}, "n can only be 1 here, not 3"),
@@ -440,19 +446,19 @@ def test_who_hangs_up_is_forgotten(app):
         reader.read_pieces(3)
         waiting = Visitor(address, messages=question("？"), stream=True)
         silent = Visitor(address, messages=question("？"))  # wants the answer whole
-        eventually(lambda: len(app.line.tickets) == 3)
+        eventually(lambda: len(app.api.queue.tickets) == 3)
         waiting.hang_up()
-        eventually(lambda: len(app.line.tickets) == 2)
-        generated = app.generated
+        eventually(lambda: len(app.api.queue.tickets) == 2)
+        generated = app.api.generated_tokens
         reader.hang_up()
-        eventually(lambda: len(app.line.tickets) == 1)
-        assert app.generated - generated <= 2
-        silent_began = app.generated
-        eventually(lambda: app.generated > silent_began)
-        generated = app.generated
+        eventually(lambda: len(app.api.queue.tickets) == 1)
+        assert app.api.generated_tokens - generated <= 2
+        silent_began = app.api.generated_tokens
+        eventually(lambda: app.api.generated_tokens > silent_began)
+        generated = app.api.generated_tokens
         silent.hang_up()
-        eventually(lambda: not app.line.tickets)
-        assert app.generated - generated <= 2
+        eventually(lambda: not app.api.queue.tickets)
+        assert app.api.generated_tokens - generated <= 2
 
 
 def test_attention_is_not_computed_for_a_client_that_hung_up(app, pictures, monkeypatch):
@@ -461,16 +467,16 @@ def test_attention_is_not_computed_for_a_client_that_hung_up(app, pictures, monk
     monkeypatch.setattr(app.chat, "attention", lambda *args: computed.append(args) or attention(*args))
     body = {"path": "/attention", "messages": question("？", data_url(pictures[0])), "token_ids": [5, 6]}
     with serving(app) as address:
-        busy = app.line.join()  # as if an answer were being written
+        busy = app.api.queue.join()  # as if an answer were being written
         waiting = Visitor(address, **body)
-        eventually(lambda: len(app.line.tickets) == 2)
+        eventually(lambda: len(app.api.queue.tickets) == 2)
         waiting.hang_up()
-        eventually(lambda: app.line.tickets == [busy])  # it left the queue, although the answer is not finished
+        eventually(lambda: app.api.queue.tickets == [busy])  # it left the queue, although the answer is not finished
         late = Visitor(address, **body)
-        eventually(lambda: len(app.line.tickets) == 2)
+        eventually(lambda: len(app.api.queue.tickets) == 2)
         late.hang_up()
-        app.line.leave(busy)  # nobody is ahead of it any more
-        eventually(lambda: not app.line.tickets)
+        app.api.queue.leave(busy)  # nobody is ahead of it any more
+        eventually(lambda: not app.api.queue.tickets)
         assert computed == []
         patient = Visitor(address, **body)
         eventually(lambda: len(computed) == 1)

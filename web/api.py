@@ -1,4 +1,4 @@
-"""The routes of the page and of the API that OpenAI's clients speak, and the events of a streamed answer."""
+"""The routes: the pages, the API that OpenAI's clients speak, and the events of a streamed answer."""
 
 import base64
 import contextlib
@@ -17,50 +17,28 @@ from model.errors import BadInput
 from model.score import read_questions
 from model.training.logs import read_log
 
-from .queue import Hangup
+from .queue import DisconnectEvent
 from .requests import (
+    COMPLETION_FIELDS,
     MAX_PICTURE,
     MAX_REQUEST,
     MB,
-    NEUTRAL,
-    OPTIONS,
-    OTHER_FIELDS,
-    check,
-    flat,
+    all_frames,
     read_body,
     read_messages,
     read_options,
+    read_token_ids,
+    require,
 )
 
-CLIENT_GONE = "", 499  # the client has hung up, so nobody reads this response
+CLIENT_GONE = "", 499  # an empty response, which nobody reads
 
 
-def tell_error(error):
-    """An error in the shape of OpenAI's API."""
-    status = error.code if isinstance(error, HTTPException) else 400
-    message = error.description if isinstance(error, HTTPException) else str(error)
-    if status == 413 and error.description == RequestEntityTooLarge.description:
-        message = f"the request is over {MAX_REQUEST // MB} MB"
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    response = jsonify(error={"message": message, "type": kind, "param": None, "code": None})
-    response.status_code = status
-    if getattr(error, "retry_after", None):
-        response.headers["Retry-After"] = str(error.retry_after)
-    return response
+# --- the pages ------------------------------------------------------------------------------------------------------
 
 
-def guard(response):
-    """The pages load nothing from elsewhere, and no other page may frame them."""
-    response.headers["Content-Security-Policy"] = (
-        "default-src 'self'; img-src 'self' data: blob:; media-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-    )
-    response.headers["X-Content-Type-Options"] = "nosniff"
-    response.headers["Referrer-Policy"] = "no-referrer"
-    return response
-
-
-def add_training(app, out_dir):
-    """The page with the curves of the trainings in a folder, and what it draws: the last run of each log, newest first."""
+def add_training_page(app, out_dir):
+    """The page of training curves, and what it draws: the last run of each log in a folder, the newest first."""
 
     @app.get("/training")
     def training():
@@ -70,23 +48,21 @@ def add_training(app, out_dir):
     def runs():
         found = []
         for file in out_dir.glob("*.jsonl"):
-            with contextlib.suppress(BadInput, OSError):  # a file of something else, or gone by now
+            with contextlib.suppress(BadInput, OSError):  # not the log of a training, or deleted meanwhile
                 found.append({**read_log(file), "name": file.stem, "updated": file.stat().st_mtime})
         response = jsonify(sorted(found, key=lambda run: -run["updated"]))
+
+        # the page asks every two seconds; without news it gets an empty 304
         response.add_etag()
         return response.make_conditional(request)
 
 
-def add_page(app, samples, defaults):
-    """The page, its pictures, and what it needs to know."""
-    chat = app.chat
-    asked = [
-        {
-            "pictures": [f"samples/{quote(path.name)}" for path in paths],
-            "question": question.replace("<image>", "").strip(),
-        }
-        for paths, question in read_questions(samples)
-    ]
+def add_chat_page(app, chat, samples, defaults):
+    """The chat page, the sample pictures in the folder `samples`, and what the page needs to know of the model."""
+    sample_questions = []
+    for paths, question in read_questions(samples):
+        pictures = [f"samples/{quote(path.name)}" for path in paths]
+        sample_questions.append({"pictures": pictures, "question": question.replace("<image>", "").strip()})
 
     @app.get("/")
     def page():
@@ -106,147 +82,211 @@ def add_page(app, samples, defaults):
             "settings": defaults,
             "max_pictures": chat.config.max_seq_len // chat.config.image_tokens,
             "max_picture_bytes": MAX_PICTURE,
-            "samples": asked,
+            "samples": sample_questions,
         }
 
-    @app.get("/health")
-    def health():
-        visitors = len(app.line.tickets)
-        return {"status": "ok", "model": chat.name, "waiting": max(0, visitors - 1), "generated_tokens": app.generated}
+
+# --- the API --------------------------------------------------------------------------------------------------------
 
 
-def add_api(app, defaults):
-    """What OpenAI's clients call, and the attention behind an answer."""
-    chat, line = app.chat, app.line
-    model = {"id": chat.name, "object": "model", "created": int(time.time()), "owned_by": "minimind-v"}
+class ChatAPI:
+    """What OpenAI's clients call, and the attention behind an answer: one model, with a queue before it."""
 
-    def check_model(name):
-        if name != chat.name:
-            raise NotFound(f"there is no model {name!r:.80}; this server has {chat.name!r}")
+    def __init__(self, chat, queue, defaults):
+        """defaults: the options of `Chat.stream` for requests that don't set them."""
+        self.chat = chat
+        self.queue = queue
+        self.defaults = defaults
+        self.generated_tokens = 0  # since the start
+        self.model = {"id": chat.name, "object": "model", "created": int(time.time()), "owned_by": "minimind-v"}
 
-    @app.get("/v1/models")
-    def models():
-        return {"object": "list", "data": [model]}
+    def add_routes(self, app):
+        app.add_url_rule("/health", view_func=self.health)
+        app.add_url_rule("/v1/models", view_func=self.list_models)
+        app.add_url_rule("/v1/models/<name>", view_func=self.get_model)
+        app.add_url_rule("/v1/chat/completions", view_func=self.completions, methods=["POST"])
+        app.add_url_rule("/attention", view_func=self.attention, methods=["POST"])
 
-    @app.get("/v1/models/<name>")
-    def one_model(name):
-        check_model(name)
-        return model
+    def health(self):
+        return {
+            "status": "ok",
+            "model": self.chat.name,
+            "waiting": max(0, len(self.queue.tickets) - 1),
+            "generated_tokens": self.generated_tokens,
+        }
 
-    @app.post("/v1/chat/completions")
-    def completions():
-        with line.reading():
-            body = read_body(OTHER_FIELDS | OPTIONS.keys() | NEUTRAL.keys())
-            check_model(body.get("model", chat.name))
-            options = read_options(body, defaults)
-            turns, media = read_messages(chat, body.pop("messages", None))
-        hangup = Hangup(request.environ)
-        answer = chat.stream(turns, flat(media), stop_event=hangup, **options)
-        ticket = line.join()
-        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": chat.name}
+    def list_models(self):
+        return {"object": "list", "data": [self.model]}
+
+    def get_model(self, name):
+        self.check_model(name)
+        return self.model
+
+    def check_model(self, name):
+        if name != self.chat.name:
+            raise NotFound(f"there is no model {name!r:.80}; this server has {self.chat.name!r}")
+
+    def completions(self):
+        """Answers a conversation, as one JSON object or, with "stream", as server-sent events."""
+        # read and check the whole request before it queues, so that a bad one is refused at once
+        with self.queue.reading():
+            body = read_body(COMPLETION_FIELDS)
+            self.check_model(body.get("model", self.chat.name))
+            options = read_options(body, self.defaults)
+            turns, media = read_messages(self.chat, body.pop("messages", None))  # pop: base64 text is large
+
+        # this encodes the prompt and checks its length; CLIP and the model run only once the answer is iterated
+        disconnected = DisconnectEvent(request.environ)
+        answer = self.chat.stream(turns, all_frames(media), stop_event=disconnected, **options)
+        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.chat.name}
+        ticket = self.queue.join()
+
+        # streamed: the events are made after this function has returned, so leave when the response is closed
         if body.get("stream"):
-            response = Response(events(answer, ticket, hangup, head, body), mimetype="text/event-stream")
+            events = self.stream_events(answer, ticket, disconnected, head, body)
+            response = Response(events, mimetype="text/event-stream")
             response.headers.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-            response.call_on_close(lambda: line.leave(ticket))
+            response.call_on_close(lambda: self.queue.leave(ticket))
             return response
+
+        # whole: wait for the model and answer before returning
         try:
-            if not line.reach(ticket, hangup):
+            if not self.queue.wait_until_first(ticket, disconnected):
                 return CLIENT_GONE
-            text = "".join(counted(answer))
+            text = "".join(self.count_tokens(answer))
         finally:
-            line.leave(ticket)
+            self.queue.leave(ticket)
         message = {"role": "assistant", "content": text}
         if body.get("return_token_ids"):
             message["token_ids"] = answer.token_ids
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish(answer)}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason(answer)}
         return {**head, "object": "chat.completion", "choices": [choice], "usage": usage(answer)}
 
-    def counted(answer):
-        """The answer's pieces; counts its tokens for /health."""
-        seen = 0
-        for piece in answer:
-            app.generated += len(answer.token_ids) - seen
-            seen = len(answer.token_ids)
-            yield piece
-
-    def events(answer, ticket, hangup, head, body):
-        """Server-sent events: one a piece, the end, and before them, as comments, how many are waiting ahead."""
-
-        def chunk(delta, finish_reason=None):
-            choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-            return event({**head, "object": "chat.completion.chunk", "choices": [choice]})
-
-        for place in line.ahead(ticket):
-            if hangup.is_set():
+    def stream_events(self, answer, ticket, disconnected, head, body):
+        """The server-sent events of an answer: its position in the queue, its pieces of text, its end."""
+        # report how many are ahead, in comments, which OpenAI's clients ignore
+        for ahead in self.queue.wait(ticket):
+            if disconnected.is_set():
                 return
-            yield f": waiting {place}\n\n"
-        if hangup.is_set():
+            yield f": waiting {ahead}\n\n"
+        if disconnected.is_set():
             return
-        yield chunk({"role": "assistant", "content": ""})
+
+        # one event for each piece of text, with the ids of its tokens if the client asked for them
+        yield chunk(head, {"role": "assistant", "content": ""})
         sent = 0
-        for piece in counted(answer):
-            ids = {"token_ids": answer.token_ids[sent:]} if body.get("return_token_ids") else {}
+        for piece in self.count_tokens(answer):
+            delta = {"content": piece}
+            if body.get("return_token_ids"):
+                delta["token_ids"] = answer.token_ids[sent:]
             sent = len(answer.token_ids)
-            yield chunk({"content": piece, **ids})
-        yield chunk({}, finish(answer))
+            yield chunk(head, delta)
+
+        # why it ended and, if asked for, how long it is; OpenAI's last event is always [DONE]
+        yield chunk(head, {}, finish_reason(answer))
         if body.get("stream_options", {}).get("include_usage"):
             yield event({**head, "object": "chat.completion.chunk", "choices": [], "usage": usage(answer)})
         yield "data: [DONE]\n\n"
 
-    @app.post("/attention")
-    def attention():
-        """{"messages": as asked, "token_ids": the answer's} -> for each layer, token and picture, a share per patch.
+    def count_tokens(self, answer):
+        """The pieces of the answer; adds its tokens to `generated_tokens` as they come."""
+        counted = 0
+        for piece in answer:
+            self.generated_tokens += len(answer.token_ids) - counted
+            counted = len(answer.token_ids)
+            yield piece
 
-        `frames` has a list for each picture or clip sent: what the model saw of a clip, as JPEGs; [null] for a picture.
+    def attention(self):
+        """{"messages": as in a completion, "token_ids": of the answer} -> where the model looked, token by token.
+
+        shares: for each layer, token and picture, the share of attention that each patch got. grid: a picture has
+        `grid` x `grid` patches. frames: for each video, JPEGs of the frames that the model saw; for a picture, [null].
         """
-        with line.reading():
+        # refuse bad requests before they wait, as `completions` does
+        with self.queue.reading():
             body = read_body({"messages", "token_ids"})
-            turns, media = read_messages(chat, body.pop("messages", None))
-        check(media, "there is no picture in the messages")
-        ids, room = body.get("token_ids"), chat.config.max_seq_len - chat.prompt(turns).shape[1]
-        good = isinstance(ids, list) and all(type(i) is int and 0 <= i < chat.config.vocab_size for i in ids)
-        check(
-            good and 0 < len(ids) <= room,
-            f"token_ids should be 1 to {room} token ids, from 0 to {chat.config.vocab_size - 1}",
-        )
-        hangup = Hangup(request.environ)
-        ticket = line.join()
+            turns, media = read_messages(self.chat, body.pop("messages", None))
+        require(media, "there is no picture in the messages")
+        room = self.chat.config.max_seq_len - self.chat.prompt(turns).shape[1]
+        token_ids = read_token_ids(body.get("token_ids"), self.chat.config.vocab_size, room)
+
+        # one forward for all tokens: it can't be interrupted, but isn't begun for a client that has gone
+        disconnected = DisconnectEvent(request.environ)
+        ticket = self.queue.join()
         try:
-            if not line.reach(ticket, hangup):
+            if not self.queue.wait_until_first(ticket, disconnected):
                 return CLIENT_GONE
-            shares = chat.attention(turns, flat(media), ids)[..., 1:]  # without the class token, which has no place
+            shares = self.chat.attention(turns, all_frames(media), token_ids)
         finally:
-            line.leave(ticket)
+            self.queue.leave(ticket)
+
+        # the first vector is CLIP's class token, which belongs to no patch
+        shares = shares[..., 1:].float()
         return {
             "grid": round(shares.shape[-1] ** 0.5),
-            "shares": torch.round(shares.float(), decimals=5).tolist(),
-            "frames": [[jpeg(pixels) for pixels in frames] if len(frames) > 1 else [None] for frames in media],
+            "shares": torch.round(shares, decimals=5).tolist(),
+            "frames": [[jpeg_url(pixels) for pixels in frames] if len(frames) > 1 else [None] for frames in media],
         }
 
 
-def jpeg(pixels):
-    """Pixels (3, S, S) as a data: URL."""
-    file = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "jpeg")
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+def chunk(head, delta, finish_reason=None):
+    """The event of a streamed answer that adds `delta` to its message."""
+    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    return event({**head, "object": "chat.completion.chunk", "choices": [choice]})
 
 
-def finish(answer):
+def event(content):
+    """A server-sent event."""
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+def finish_reason(answer):
     """Why the answer ended, in OpenAI's words."""
     return "stop" if answer.finish_reason == "stop" else "length"
 
 
 def usage(answer):
-    """OpenAI's counts, and how fast the answer came."""
-    new = len(answer.token_ids)
+    """OpenAI's token counts, and how fast the answer came."""
+    completion_tokens = len(answer.token_ids)
     return {
         "prompt_tokens": answer.prompt_tokens,
-        "completion_tokens": new,
-        "total_tokens": answer.prompt_tokens + new,
+        "completion_tokens": completion_tokens,
+        "total_tokens": answer.prompt_tokens + completion_tokens,
         "first_token_seconds": answer.first_token_seconds,
         "tokens_per_second": answer.tokens_per_second,
     }
 
 
-def event(content):
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+def jpeg_url(pixels):
+    """Pixels (3, S, S) as a JPEG in a data: URL."""
+    file = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "jpeg")
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+# --- every response -------------------------------------------------------------------------------------------------
+
+
+def error_response(error):
+    """An HTTP error or a BadInput, in the form of OpenAI's API."""
+    status = error.code if isinstance(error, HTTPException) else 400
+    message = error.description if isinstance(error, HTTPException) else str(error)
+    if status == 413 and error.description == RequestEntityTooLarge.description:  # Flask's own limit, not a picture's
+        message = f"the request is over {MAX_REQUEST // MB} MB"
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    response = jsonify(error={"message": message, "type": kind, "param": None, "code": None})
+    response.status_code = status
+    if getattr(error, "retry_after", None):
+        response.headers["Retry-After"] = str(error.retry_after)
+    return response
+
+
+def add_security_headers(response):
+    """The pages load nothing from elsewhere, and no other site may put them in a frame."""
+    response.headers["Content-Security-Policy"] = (
+        "default-src 'self'; img-src 'self' data: blob:; media-src data:; "
+        "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    )
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Referrer-Policy"] = "no-referrer"
+    return response

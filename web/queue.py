@@ -1,4 +1,4 @@
-"""One model, many visitors: they are served one at a time, and those who hang up wait for nothing."""
+"""One model, many clients: requests are answered one at a time, and a client that disconnects gives up its place."""
 
 import contextlib
 import selectors
@@ -8,52 +8,62 @@ import threading
 from werkzeug.exceptions import ServiceUnavailable
 
 
-class Line:
-    """Visitors are served one at a time, in the order they came; only so many may wait, or send what they ask at once."""
+class RequestQueue:
+    """First come, first served: one request is answered at a time, up to `max_waiting` others wait.
 
-    def __init__(self, waiting):
-        self.waiting = waiting
-        self.tickets = []
-        self.changed = threading.Condition()
-        self.readers = threading.BoundedSemaphore(waiting + 1)
+    A request calls these methods in their order: `reading`, `join`, `wait` or `wait_until_first`, `leave`.
+    """
 
-    def full(self):
-        return ServiceUnavailable(f"{self.waiting} others are waiting already: try again soon", retry_after=5)
+    def __init__(self, max_waiting):
+        self.max_waiting = max_waiting
+        self.read_slots = threading.BoundedSemaphore(max_waiting + 1)
+        self.tickets = []  # in order of arrival; the request of the first one is being answered
+        self.changed = threading.Condition()  # guards `tickets`
 
     @contextlib.contextmanager
     def reading(self):
-        """Meanwhile a request is read and unpacked, in up to 100 MB; ServiceUnavailable if too many others are."""
-        if not self.readers.acquire(blocking=False):
-            raise self.full()
+        """Holds a slot while a request is read and decoded; ServiceUnavailable if none is free.
+
+        A request can take 100 MB once it is decoded, so the number that are read at once must be bounded too.
+        """
+        if not self.read_slots.acquire(blocking=False):
+            raise self.busy()
         try:
             yield
         finally:
-            self.readers.release()
+            self.read_slots.release()
 
     def join(self):
-        """A ticket for the end of the line; ServiceUnavailable if it is full."""
+        """A ticket at the end of the queue; ServiceUnavailable if the queue is full."""
         with self.changed:
-            if len(self.tickets) > self.waiting:
-                raise self.full()
-            self.tickets.append(ticket := object())
+            if len(self.tickets) > self.max_waiting:
+                raise self.busy()
+            ticket = object()
+            self.tickets.append(ticket)
         return ticket
 
-    def ahead(self, ticket):
-        """Yields how many are before this ticket, whenever that changes and every second, until nobody is."""
-        place = None
-        while place != 0:
-            with self.changed:
-                self.changed.wait_for(lambda known=place: self.tickets.index(ticket) != known, timeout=1.0)
-                place = self.tickets.index(ticket)
-            if place:
-                yield place
+    def busy(self):
+        return ServiceUnavailable(f"{self.max_waiting} others are waiting already: try again soon", retry_after=5)
 
-    def reach(self, ticket, hangup):
-        """Waits until nobody is before this ticket; False if its client has hung up by then, and needs no answer."""
-        for _ in self.ahead(ticket):
-            if hangup.is_set():
+    def wait(self, ticket):
+        """Yields how many requests are ahead of the ticket, whenever that changes and every second, until none is."""
+        ahead = None
+        while ahead != 0:
+            # without a change, wake up after a second anyway: the caller has to look whether its client is still there
+            with self.changed:
+                self.changed.wait_for(lambda known=ahead: self.tickets.index(ticket) != known, timeout=1.0)
+                ahead = self.tickets.index(ticket)
+
+            # outside the lock: the caller may be sending this to a slow client
+            if ahead:
+                yield ahead
+
+    def wait_until_first(self, ticket, disconnected):
+        """Waits until no request is ahead of the ticket. False if the client has disconnected, and needs no answer."""
+        for _ in self.wait(ticket):
+            if disconnected.is_set():
                 return False
-        return not hangup.is_set()
+        return not disconnected.is_set()
 
     def leave(self, ticket):
         with self.changed:
@@ -61,10 +71,11 @@ class Line:
             self.changed.notify_all()
 
 
-class Hangup:
-    """A `stop_event` that is set once the one who asked has closed the connection.
+class DisconnectEvent:
+    """An event, as `stop_event` expects one, that is set once the client has closed the connection.
 
-    Werkzeug's server hands out the socket; under another server a hang-up shows only when the next piece can't be sent.
+    Only Werkzeug's server hands out the socket. Under another server a disconnect shows when the next piece of a
+    streamed answer can't be sent.
     """
 
     def __init__(self, environ):
@@ -74,8 +85,10 @@ class Hangup:
         if self.socket is None:
             return False
         try:
+            # a closed connection is readable, and there is nothing to read
             with selectors.DefaultSelector() as selector:
                 selector.register(self.socket, selectors.EVENT_READ)
-                return bool(selector.select(0)) and not self.socket.recv(1, socket.MSG_PEEK)
+                readable = bool(selector.select(0))
+            return readable and not self.socket.recv(1, socket.MSG_PEEK)
         except (OSError, ValueError):
             return True
