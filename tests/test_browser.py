@@ -1,6 +1,7 @@
 """The chat page in a real browser: Chromium, driven by Playwright."""
 
 import base64
+import json
 import mimetypes
 import re
 
@@ -117,7 +118,7 @@ def test_ask_watch_stop_ask_again(visit, app, pictures):
     page.locator(".answer").nth(1).get_by_role("button", name="重新回答").click()
     expect(bubble(page, 1)).to_have_text(LONG)
     page.locator("#clear-button").click()
-    expect(page.locator(".turn")).to_have_count(0)
+    expect(page.locator(".exchange")).to_have_count(0)
     expect(page.locator("#welcome")).to_be_visible()
 
 
@@ -164,6 +165,22 @@ def test_an_answer_is_not_shown_with_an_earlier_one_s_attention(visit, app, pict
     expect(page.locator(".heat")).to_have_count(0)
     page.get_by_role("button", name="What it looked at").click()
     expect(page.locator(".heat canvas")).to_have_count(1)
+
+
+def test_a_piece_without_tokens_of_its_own_has_a_heat_map(visit, pictures):
+    """As at an end within a character: its first token comes with the text before it, and no other token follows."""
+    page = visit("en-US")
+    drop(page, pictures[0])
+    deltas = [{"content": "左", "token_ids": [5, 6]}, {"content": "\ufffd", "token_ids": []}]
+    events = [{"choices": [{"delta": delta, "finish_reason": None}]} for delta in deltas]
+    events.append({"choices": [{"delta": {}, "finish_reason": "length"}]})
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+    page.route("**/completions", lambda route: route.fulfill(content_type="text/event-stream", body=body))
+    ask(page, "?")
+    page.get_by_role("button", name="What it looked at").click()
+    page.locator(".token").nth(1).hover()
+    expect(page.locator(".token").nth(1)).to_have_class("token shown")
+    expect(page.locator(".heat figcaption")).to_have_text(re.compile(r"^\d+% of this step's attention"))
 
 
 def test_clips_are_watched_and_what_was_seen_of_them_is_shown(visit, pictures, tmp_path):
@@ -254,7 +271,7 @@ def test_what_the_server_refuses_is_shown(visit, tmp_path):
     page = visit()
     ask(page, "")
     expect(page.locator("#notice")).to_have_text("先写下问题。")
-    assert page.locator(".turn").count() == 0
+    assert page.locator(".exchange").count() == 0
     (tmp_path / "note.txt").write_text("?")
     page.locator("#files").set_input_files(tmp_path / "note.txt")
     expect(page.locator("#notice")).to_contain_text("note.txt 不是图片")

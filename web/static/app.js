@@ -1,7 +1,8 @@
-// The chat page: pictures and a question go to /v1/chat/completions, the answer comes back piece by piece.
-// Model output only ever becomes text nodes.
+// The chat page: it sends pictures and a question to /v1/chat/completions, and shows the answer piece by piece.
+// What the model writes only ever becomes text nodes, never HTML.
 
 import { $, make, setUp, t, translate } from "./common.js";
+import { HeatMap } from "./heatmap.js";
 
 const TEXTS = {
   zh: {
@@ -41,9 +42,9 @@ const TEXTS = {
 };
 
 let info = null; // the server's /info
-let pictures = []; // {url (data:), name, questions}: what the next question is about
-let asking = null; // the turn that is being answered
-const turns = [];
+let pictures = []; // {url (data:), name, questions}: attached to the next question
+let active = null; // the exchange that is being answered
+const exchanges = [];
 
 // --- small helpers ------------------------------------------------------------------------------------------------
 
@@ -69,7 +70,7 @@ function notice(text) {
 
 function showLanguage() {
   if (info) $("model").textContent = `${info.model} · ${t("parameters", (info.parameters / 1e6).toFixed(1))}`;
-  for (const turn of turns) turn.describe();
+  for (const exchange of exchanges) exchange.showTools();
   showPictures();
 }
 
@@ -105,13 +106,13 @@ async function pickSample(sample) {
 
 const isVideo = (picture) => picture.url.startsWith("data:video/");
 
-/** A picture to look at; a video plays as a GIF does. */
+/** An element that shows a picture; a video plays on its own, as a GIF does. */
 function show(picture) {
   if (!isVideo(picture)) return make("img", { src: picture.url, alt: picture.name });
   return make("video", { src: picture.url, title: picture.name, muted: true, loop: true, autoplay: true, playsInline: true });
 }
 
-/** The thumbnails, and questions to try about them. */
+/** The attached pictures, and suggested questions about them. */
 function showPictures() {
   $("thumbnails").replaceChildren(...pictures.map((picture) => {
     const remove = make("button", {
@@ -121,8 +122,12 @@ function showPictures() {
     return make("li", {}, show(picture), remove);
   }));
   $("question").dataset.placeholder = pictures.length ? "ask" : "ask_without";
-  const questions = pictures.length ? new Set([...pictures[0].questions, ...(pictures.length === 1 ? [t("describe")] : [])]) : [];
-  $("chips").replaceChildren(...[...questions].map((text) => make("button", { type: "button", textContent: text, onclick: () => ask(text) })));
+
+  // the first picture's own questions, and one that fits any single picture
+  const questions = new Set(pictures[0]?.questions);
+  if (pictures.length === 1) questions.add(t("describe"));
+  $("chips").replaceChildren(...[...questions].map((text) => (
+    make("button", { type: "button", textContent: text, onclick: () => ask(text) }))));
   translate($("composer"));
 }
 
@@ -135,7 +140,7 @@ function showSettings() {
   for (const value of document.querySelectorAll("#settings-panel b")) value.textContent = value.parentElement.querySelector("input").value;
 }
 
-/** The server's own settings, as near as a slider can show them. */
+/** Shows the server's own settings, as precisely as a slider can. */
 function resetSettings() {
   for (const [name, key] of Object.entries(FIELDS)) {
     const value = info.settings[key] ?? "";
@@ -146,7 +151,7 @@ function resetSettings() {
   showSettings();
 }
 
-/** Only what was changed here: all else is the server's. */
+/** Only the settings that were changed on the page; the server has its own for the others. */
 function readSettings() {
   const changed = Object.keys(FIELDS).map(field).filter(({ value, dataset }) => value !== "" && value !== dataset.untouched);
   return Object.fromEntries(changed.map(({ name, value }) => [name, Number(value)]));
@@ -154,7 +159,7 @@ function readSettings() {
 
 // --- a question and its answer ------------------------------------------------------------------------------------
 
-class Turn {
+class Exchange {
   constructor(question, asked) {
     this.question = question;
     this.pictures = asked;
@@ -163,11 +168,11 @@ class Turn {
     this.answer = make("div", { className: "answer" }, this.bubble, this.tools);
     const shown = make("div", { className: "pictures" }, ...asked.map(show));
     const mine = make("div", { className: "mine" }, shown, make("div", { className: "bubble", textContent: question }));
-    this.element = make("article", { className: "turn" }, mine, this.answer);
+    this.element = make("article", { className: "exchange" }, mine, this.answer);
   }
 
   get messages() {
-    // what may move is sent as a clip; a still GIF, WebP or PNG is a clip of one frame
+    // what may move is sent as a video; the server takes a still GIF, WebP or PNG for a video of one frame
     const parts = this.pictures.map(({ url }) => (/^data:(video|image\/(gif|webp|a?png))/.test(url)
       ? { type: "video_url", video_url: { url } } : { type: "image_url", image_url: { url } }));
     return [{ role: "user", content: [...parts, { type: "text", text: this.question }] }];
@@ -177,36 +182,37 @@ class Turn {
     return this.pieces.map((piece) => piece.text).join("");
   }
 
-  /** Asks, and shows the answer as it comes; `this.stopper` ends it, at the server too. */
+  /** Asks, and shows the answer as it comes; aborting `this.controller` stops it, on the server too. */
   async ask() {
-    Object.assign(this, { pieces: [], end: null, problem: null, ahead: 0, usage: null, shares: null });
-    this.heat?.remove();
-    this.heat = null;
-    this.answer.classList.remove("heat-open");
+    // forget an earlier answer
+    Object.assign(this, { pieces: [], finishReason: null, problem: null, ahead: 0, usage: null, attention: null });
+    this.closeHeatMap();
     this.bubble.className = "bubble";
     this.bubble.replaceChildren();
     this.answer.setAttribute("aria-busy", "true");
-    this.stopper = new AbortController();
-    asking = this;
-    showAsking();
-    this.describe();
+
+    this.controller = new AbortController();
+    active = this;
+    showSendButton();
+    this.showTools();
     try {
       await this.receive(await post("v1/chat/completions", {
         messages: this.messages, stream: true, stream_options: { include_usage: true }, return_token_ids: true, ...readSettings(),
-      }, this.stopper.signal));
-      if (!this.end) this.problem = t("lost");
+      }, this.controller.signal));
+      if (!this.finishReason) this.problem = t("lost");
     } catch (error) {
-      if (error.name === "AbortError") this.end = "stopped";
-      else this.problem = error instanceof Refusal ? error.message : t("lost");
+      if (error.name === "AbortError") this.finishReason = "stopped";
+      else this.problem = error instanceof ServerError ? error.message : t("lost");
     }
+
     this.answer.removeAttribute("aria-busy");
     if (this.problem) {
       this.bubble.classList.add("bad");
       this.bubble.textContent = this.problem;
     }
-    asking = null;
-    showAsking();
-    this.describe();
+    active = null;
+    showSendButton();
+    this.showTools();
   }
 
   async receive(response) {
@@ -215,30 +221,32 @@ class Turn {
     for (;;) {
       const { value, done } = await reader.read();
       if (done) return;
+
+      // an empty line ends an event; the rest of the text is the beginning of the next one
       text += value;
       const events = text.split("\n\n");
       text = events.pop();
-      for (const event of events) this.hear(event);
+      for (const event of events) this.handle(event);
     }
   }
 
   /** One server-sent event. */
-  hear(event) {
+  handle(event) {
     if (event.startsWith(": waiting ")) {
       this.ahead = Number(event.slice(10));
-      this.describe();
+      this.showTools();
       return;
     }
     if (!event.startsWith("data: {")) return;
     const { choices: [choice], usage } = JSON.parse(event.slice(6));
     if (usage) this.usage = usage;
     if (!choice) return;
-    if (choice.finish_reason) this.end = choice.finish_reason;
-    if (choice.delta.content) this.write({ text: choice.delta.content, ids: choice.delta.token_ids });
-    else if (this.ahead) { this.ahead = 0; this.describe(); }
+    if (choice.finish_reason) this.finishReason = choice.finish_reason;
+    if (choice.delta.content) this.addPiece({ text: choice.delta.content, ids: choice.delta.token_ids });
+    else if (this.ahead) { this.ahead = 0; this.showTools(); }
   }
 
-  write(piece) {
+  addPiece(piece) {
     piece.element = make("span", { className: "token", textContent: piece.text });
     this.pieces.push(piece);
     const atBottom = window.innerHeight + window.scrollY > document.documentElement.scrollHeight - 80;
@@ -246,24 +254,25 @@ class Turn {
     if (atBottom) scrollDown();
   }
 
-  /** What stands under the answer. */
-  describe() {
+  /** The line under the answer: a place in the queue, or what can be done with the answer. */
+  showTools() {
     if (this.ahead) this.tools.textContent = t("waiting", this.ahead);
-    else if (asking === this) this.tools.replaceChildren();
+    else if (active === this) this.tools.replaceChildren();
     else {
-      const tools = [button("again", () => this.again())];
+      const tools = [button("again", () => this.askAgain())];
       if (!this.problem && this.pieces.length) {
         tools.unshift(button("copy", () => this.copy()));
         if (this.pictures.length) {
-          this.lookButton = button("eye", () => this.look(), make("span", { data: { text: this.heat ? "hide" : "look" } }));
-          this.lookButton.setAttribute("aria-expanded", String(Boolean(this.heat)));
+          const label = make("span", { data: { text: this.heatMap ? "hide" : "look" } });
+          this.lookButton = button("eye", () => this.toggleHeatMap(), label);
+          this.lookButton.setAttribute("aria-expanded", String(Boolean(this.heatMap)));
           tools.push(this.lookButton);
         }
         tools.push(make("span", { className: "speed", textContent: this.speed() }));
       }
       this.tools.replaceChildren(...tools);
       translate(this.tools);
-      if (this.heat) { translate(this.heat); this.showHeat(this.shown); }
+      this.heatMap?.describe();
     }
   }
 
@@ -271,19 +280,19 @@ class Turn {
     const tokens = this.usage?.completion_tokens ?? this.pieces.reduce((sum, piece) => sum + piece.ids.length, 0);
     const rate = this.usage?.tokens_per_second;
     const notes = [rate ? t("speed", rate.toFixed(0), tokens) : t("count", tokens)];
-    if (this.end === "length") notes.push(t("cut"));
-    if (this.end === "stopped") notes.push(t("stopped"));
+    if (this.finishReason === "length") notes.push(t("cut"));
+    if (this.finishReason === "stopped") notes.push(t("stopped"));
     return notes.join(" · ");
   }
 
-  again() {
-    if (!asking) this.ask();
+  askAgain() {
+    if (!active) this.ask();
   }
 
   async copy() {
     try {
       await navigator.clipboard.writeText(this.text);
-    } catch { // only pages on https or localhost have a clipboard
+    } catch { // the clipboard is only there on https and localhost
       const area = make("textarea", { value: this.text });
       document.body.append(area);
       area.select();
@@ -293,102 +302,54 @@ class Turn {
     notice(t("copied"));
   }
 
-  // --- where it looked: one request for all tokens of the answer, when first asked for ---
-
-  async look() {
-    if (this.heat) {
-      this.heat.remove();
-      this.heat = null;
-      this.answer.classList.remove("heat-open");
-      for (const { element } of this.pieces) for (const name of ["tabindex", "role"]) element.removeAttribute(name);
-      this.describe();
+  async toggleHeatMap() {
+    if (this.heatMap) {
+      this.closeHeatMap();
+      this.showTools();
       return;
     }
+
+    // one request for all tokens of the answer, the first time only
     this.lookButton.disabled = true;
     const { pieces } = this;
     try {
       const ids = pieces.flatMap((piece) => piece.ids);
-      const shares = this.shares ?? await (await post("attention", { messages: this.messages, token_ids: ids })).json();
-      if (pieces !== this.pieces) return; // answered again meanwhile
-      this.shares = shares;
+      const attention = this.attention ?? await (await post("attention", { messages: this.messages, token_ids: ids })).json();
+      if (pieces !== this.pieces) return; // there is another answer by now
+      this.attention = attention;
     } catch (error) {
-      notice(error instanceof Refusal ? error.message : t("lost"));
+      notice(error instanceof ServerError ? error.message : t("lost"));
       this.lookButton.disabled = false;
       return;
     }
-    this.openHeat();
-    this.describe();
-    this.pieces[this.shown].element.focus({ preventScroll: true });
-    this.heat.scrollIntoView({ block: "nearest", behavior: "smooth" });
-  }
 
-  openHeat() {
-    this.layer = make("select", { onchange: () => this.showHeat(this.shown) }, make("option", { value: "mean", data: { text: "mean" } }));
-    for (let i = 1; i <= info.layers; i++) this.layer.append(make("option", { value: i, textContent: i }));
-    const grid = this.shares.grid;
-    const seen = this.pictures.flatMap((picture, i) => this.shares.frames[i].map((url) => ({ url: url ?? picture.url, name: picture.name })));
-    this.maps = seen.map(({ url, name }) => ({
-      canvas: make("canvas", { width: grid, height: grid }),
-      caption: make("figcaption"),
-      image: make("img", { src: url, alt: name }),
-    }));
-    const figures = this.maps.map((map) => make("figure", {}, make("div", { className: "layered" }, map.image, map.canvas), map.caption));
-    this.heat = make("div", { className: "heat" },
-      make("div", { className: "maps" }, ...figures),
-      make("label", {}, make("span", { data: { text: "layer" } }), this.layer),
-      make("p", { data: { text: "pick" } }));
-    this.answer.append(this.heat);
+    this.heatMap = new HeatMap(pieces, this.pictures, this.attention);
+    this.answer.append(this.heatMap.element);
     this.answer.classList.add("heat-open");
-    this.pieces.forEach((piece, i) => {
-      piece.element.role = "button";
-      piece.element.onpointerenter = piece.element.onclick = piece.element.onfocus = () => this.heat && this.showHeat(i);
-      piece.element.onkeydown = (event) => {
-        const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-        if (this.heat && step) this.pieces[i + step]?.element.focus();
-      };
-    });
-    this.showHeat(0);
+    this.showTools();
+    pieces[0].element.focus({ preventScroll: true });
+    this.heatMap.element.scrollIntoView({ block: "nearest", behavior: "smooth" });
   }
 
-  /** Draws the maps of one piece of the answer; of several tokens in a piece, their mean. */
-  showHeat(number) {
-    this.shown = number;
-    this.pieces.forEach((piece, i) => {
-      piece.element.classList.toggle("shown", i === number);
-      piece.element.tabIndex = i === number ? 0 : -1;
-    });
-    const first = this.pieces.slice(0, number).reduce((sum, piece) => sum + piece.ids.length, 0);
-    const layers = this.layer.value === "mean" ? this.shares.shares : [this.shares.shares[this.layer.value - 1]];
-    this.maps.forEach((map, i) => {
-      const rows = layers.flatMap((tokens) => tokens.slice(first, first + this.pieces[number].ids.length).map((images) => images[i]));
-      const shares = rows[0].map((_, patch) => rows.reduce((sum, row) => sum + row[patch], 0) / rows.length);
-      drawHeat(map.canvas, shares);
-      const total = shares.reduce((sum, share) => sum + share, 0);
-      map.caption.textContent = t("share", (total * 100).toFixed(0));
-    });
+  closeHeatMap() {
+    this.heatMap?.remove();
+    this.heatMap = null;
+    this.answer.classList.remove("heat-open");
   }
 }
 
-/** Night over the picture, but for where it looked. */
-function drawHeat(canvas, shares) {
-  const most = Math.max(...shares) || 1;
-  const pen = canvas.getContext("2d");
-  const data = pen.createImageData(canvas.width, canvas.height);
-  shares.forEach((share, i) => data.data.set([12, 14, 40, Math.round(215 * (1 - share / most))], i * 4));
-  pen.putImageData(data, 0, 0);
-}
+/** An error that the server explained. */
+class ServerError extends Error {}
 
-class Refusal extends Error {}
-
-/** A response that is no refusal. */
-async function ok(response) {
+/** The response; throws a ServerError if the server refused the request. */
+async function checked(response) {
   if (response.ok) return response;
   const problem = await response.json().catch(() => null);
-  throw new Refusal(problem?.error?.message ?? `${response.status} ${response.statusText}`);
+  throw new ServerError(problem?.error?.message ?? `${response.status} ${response.statusText}`);
 }
 
 async function post(path, body, signal) {
-  return ok(await fetch(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal }));
+  return checked(await fetch(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal }));
 }
 
 // --- the page -----------------------------------------------------------------------------------------------------
@@ -397,37 +358,38 @@ function scrollDown() {
   window.scrollTo({ top: document.documentElement.scrollHeight });
 }
 
-/** The send button stops while an answer is being written. */
-function showAsking() {
-  $("send-button").dataset.label = asking ? "stop" : "send";
-  $("send-button").replaceChildren(icon(asking ? "stop" : "send"));
+/** While an answer is being written, the send button stops it. */
+function showSendButton() {
+  $("send-button").dataset.label = active ? "stop" : "send";
+  $("send-button").replaceChildren(icon(active ? "stop" : "send"));
   translate($("composer"));
 }
 
 function ask(question) {
-  if (asking || !info) return;
+  if (active || !info) return;
   if (!question.trim()) {
     notice(t("empty"));
     return;
   }
-  const turn = new Turn(question.trim(), [...pictures]);
-  turns.push(turn);
+  const exchange = new Exchange(question.trim(), [...pictures]);
+  exchanges.push(exchange);
   $("welcome").hidden = true;
-  $("log").append(turn.element);
+  $("log").append(exchange.element);
   $("question").value = "";
-  grow();
-  turn.ask();
+  resizeQuestion();
+  exchange.ask();
   scrollDown();
 }
 
-function grow() {
+/** Makes the text field as high as its text. */
+function resizeQuestion() {
   $("question").style.height = "auto";
   $("question").style.height = `${$("question").scrollHeight}px`;
 }
 
-function clearTalk() {
-  asking?.stopper.abort();
-  turns.length = 0;
+function clearChat() {
+  active?.controller.abort();
+  exchanges.length = 0;
   pictures = [];
   $("log").replaceChildren();
   $("welcome").hidden = false;
@@ -440,25 +402,28 @@ function openSettings(open) {
   if (open) field("temperature").focus();
 }
 
-function listen() {
+function addListeners() {
+  // asking: Enter sends, unless it confirms a Chinese character of an input method
   $("composer").onsubmit = (event) => {
     event.preventDefault();
-    if (asking) asking.stopper.abort();
+    if (active) active.controller.abort();
     else ask($("question").value);
   };
-  $("question").oninput = grow;
-  $("question").onkeydown = (event) => { // Enter that ends the choice of a Chinese character is not meant for us
+  $("question").oninput = resizeQuestion;
+  $("question").onkeydown = (event) => {
     if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
     event.preventDefault();
-    if (!asking) ask($("question").value);
+    if (!active) ask($("question").value);
   };
+
+  // adding pictures: by the button, pasted, or dropped
   $("add").onclick = () => $("files").click();
   $("files").onchange = async () => { await addFiles([...$("files").files]); $("files").value = ""; };
   document.onpaste = (event) => {
     const files = [...event.clipboardData.files];
     if (files.length) { event.preventDefault(); addFiles(files); }
   };
-  let depth = 0; // dragenter and dragleave come for every element on the way
+  let depth = 0; // of elements under the pointer: each of them sends dragenter and dragleave
   document.ondragenter = (event) => { if (event.dataTransfer.types.includes("Files")) { depth += 1; $("drop").hidden = false; } };
   document.ondragleave = () => { depth = Math.max(0, depth - 1); $("drop").hidden = depth === 0; };
   document.ondragover = (event) => event.preventDefault();
@@ -468,20 +433,22 @@ function listen() {
     $("drop").hidden = true;
     addFiles([...event.dataTransfer.files]);
   };
-  $("clear-button").onclick = clearTalk;
+
+  // the buttons at the top; Escape and a click elsewhere close the settings
+  $("clear-button").onclick = clearChat;
   $("settings-button").onclick = () => openSettings($("settings-panel").hidden);
   $("settings-panel").oninput = showSettings;
   $("reset").onclick = resetSettings;
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || event.isComposing) return;
-    if (!$("settings-panel").hidden) { openSettings(false); $("settings-button").focus(); } else asking?.stopper.abort();
+    if (!$("settings-panel").hidden) { openSettings(false); $("settings-button").focus(); } else active?.controller.abort();
   });
   document.addEventListener("pointerdown", (event) => {
     if (!event.target.closest("#settings-panel, #settings-button")) openSettings(false);
   });
 }
 
-/** Sample pictures, each set of them once, with all its questions. */
+/** The sample pictures, each set once, with all questions about it. */
 function showSamples() {
   const sets = new Map();
   for (const { pictures: paths, question } of info.samples) {
@@ -494,14 +461,14 @@ function showSamples() {
       ...sample.pictures.map((path) => make("img", { src: path, alt: fileName(path), loading: "lazy" }))))));
 }
 
-async function begin() {
-  listen();
+async function start() {
+  addListeners();
   setUp(TEXTS, showLanguage);
-  showAsking();
+  showSendButton();
   try {
-    info = await (await ok(await fetch("info"))).json();
+    info = await (await checked(await fetch("info"))).json();
   } catch (error) {
-    notice(error instanceof Refusal ? error.message : t("lost"));
+    notice(error instanceof ServerError ? error.message : t("lost"));
     return;
   }
   resetSettings();
@@ -510,4 +477,4 @@ async function begin() {
   $("question").focus();
 }
 
-begin();
+start();
