@@ -27,7 +27,7 @@ def app(weights, tiny_clip, monkeypatch):
 
 @pytest.fixture
 def visit(app, browser):
-    """Opens the page: a function of the browser's language, colours and width; afterwards nothing must have gone wrong."""
+    """A function that opens the page in a language, colour scheme and width; the test fails on any error of the page."""
     contexts, problems = [], []
     with serving(app) as address:
 
@@ -61,7 +61,7 @@ def visit(app, browser):
 
 
 def drop(page, *files):
-    """Drops files on the page, as a person drags them from a folder."""
+    """Drops files on the page, as if dragged from a folder."""
     contents = [
         [file.name, mimetypes.guess_type(file.name)[0], base64.b64encode(file.read_bytes()).decode()] for file in files
     ]
@@ -108,12 +108,12 @@ def test_ask_watch_stop_ask_again(visit, app, pictures):
 
     ask(page, "再看看？")
     expect(bubble(page, 1)).to_contain_text("左上角红色")
-    page.locator("#send-button").click()  # which stops now
+    page.locator("#send-button").click()  # stops the answer
     expect(page.locator(".speed").nth(1)).to_contain_text("已停止")
     shown, generated = bubble(page, 1).inner_text(), app.api.generated_tokens
     page.wait_for_timeout(300)
     assert bubble(page, 1).inner_text() == shown != LONG
-    assert app.api.generated_tokens - generated <= 2  # and the server with it
+    assert app.api.generated_tokens - generated <= 2  # the server stopped too
 
     page.locator(".answer").nth(1).get_by_role("button", name="重新回答").click()
     expect(bubble(page, 1)).to_have_text(LONG)
@@ -122,7 +122,7 @@ def test_ask_watch_stop_ask_again(visit, app, pictures):
     expect(page.locator("#welcome")).to_be_visible()
 
 
-def test_what_it_looked_at(visit, pictures):
+def test_heat_maps_of_an_answer(visit, pictures):
     page = visit("en-US")
     drop(page, *pictures[:2])
     ask(page, "?")
@@ -148,7 +148,7 @@ def test_what_it_looked_at(visit, pictures):
     expect(canvases).to_have_count(0)
 
 
-def test_an_answer_is_not_shown_with_an_earlier_one_s_attention(visit, app, pictures):
+def test_an_answer_is_never_shown_with_the_attention_of_an_earlier_one(visit, app, pictures):
     page = visit("en-US")
     drop(page, pictures[0])
     ask(page, "?")
@@ -157,7 +157,7 @@ def test_an_answer_is_not_shown_with_an_earlier_one_s_attention(visit, app, pict
     page.route("**/attention", lambda route: held.append(route))
     page.get_by_role("button", name="What it looked at").click()
     say(app.chat, "左上角红色")
-    page.get_by_role("button", name="Answer again").click()
+    page.get_by_role("button", name="Regenerate").click()
     expect(bubble(page)).to_have_text("左上角红色")
     held[0].continue_()
     page.unroute("**/attention")
@@ -183,13 +183,13 @@ def test_a_piece_without_tokens_of_its_own_has_a_heat_map(visit, pictures):
     expect(page.locator(".heat figcaption")).to_have_text(re.compile(r"^\d+% of this step's attention"))
 
 
-def test_clips_are_watched_and_what_was_seen_of_them_is_shown(visit, pictures, tmp_path):
+def test_videos_play_and_the_frames_that_the_model_saw_are_shown(visit, pictures, tmp_path):
     page = visit("en-US")
     film = video(tmp_path / "film.webm", [Image.open(path).resize((64, 64)) for path in pictures[:20]], "libvpx-vp9")
-    clip = animated(tmp_path / "clip.gif", [Image.open(path) for path in pictures[:3]])
-    drop(page, film, clip, pictures[0])
+    animation = animated(tmp_path / "animation.gif", [Image.open(path) for path in pictures[:3]])
+    drop(page, film, animation, pictures[0])
     expect(page.locator("#thumbnails video")).to_have_count(1)
-    # it plays (a promise and not wait_for_function, which the page's own policy forbids)
+    # it plays; a promise, because the page's Content-Security-Policy forbids wait_for_function
     page.locator("#thumbnails video").evaluate(
         "video => new Promise((done) => { video.ontimeupdate = () => video.currentTime > 0 && done(); })"
     )
@@ -214,10 +214,10 @@ def test_samples_and_their_questions(visit):
     expect(bubble(page)).to_have_text(LONG)
 
 
-def test_two_languages_remembered(visit):
+def test_the_chosen_language_is_remembered(visit):
     page = visit("en-US")
-    expect(page.locator("h2").nth(1)).to_have_text("Let a tiny model look")
-    expect(page.locator("#hint")).to_contain_text("Each question stands alone")
+    expect(page.locator("h2").nth(1)).to_have_text("Show a tiny model a picture")
+    expect(page.locator("#hint")).to_contain_text("Each question is answered on its own")
     page.locator("#language").click()
     expect(page.locator("h2").nth(1)).to_have_text("让小小的模型看一看")
     expect(page.locator("#hint")).to_contain_text("每个问题单独回答")
@@ -229,7 +229,7 @@ def test_two_languages_remembered(visit):
 def test_settings_reach_the_model(visit):
     page = visit("en-US")
     page.locator("#settings-button").click()
-    page.get_by_label("Longest answer, in tokens").fill("3")
+    page.get_by_label("Max new tokens").fill("3")
     page.get_by_label("Seed").fill("7")
     page.keyboard.press("Escape")
     expect(page.locator("#settings-panel")).to_be_hidden()
@@ -238,11 +238,11 @@ def test_settings_reach_the_model(visit):
     body = request.value.post_data_json
     assert (body["max_tokens"], body["seed"]) == (3, 7)
     assert "temperature" not in body and "top_k" not in body  # what was not changed is the server's
-    expect(page.locator(".speed")).to_have_text(re.compile("^3 tokens, .* cut at the longest length$"))
+    expect(page.locator(".speed")).to_have_text(re.compile("^3 tokens, .* stopped at the length limit$"))
 
 
 @pytest.mark.parametrize("colour_scheme", ["light", "dark"])
-def test_a_phone_shows_everything(visit, pictures, colour_scheme):
+def test_everything_fits_on_a_phone(visit, pictures, colour_scheme):
     page = visit(colour_scheme=colour_scheme, width=360)
     drop(page, *pictures[:3])
     ask(page, "三张图有什么不同？")
@@ -250,7 +250,7 @@ def test_a_phone_shows_everything(visit, pictures, colour_scheme):
     page.get_by_role("button", name="它看了哪里").tap()
     expect(page.locator(".heat canvas")).to_have_count(3)
     page.locator(".token").nth(2).tap()
-    assert page.evaluate("document.documentElement.scrollWidth") <= 360  # nothing to the side
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360  # no horizontal scrolling
     for name in ("#send-button", "#add", "#settings-button", "#language"):
         box = page.locator(name).bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 360
@@ -258,7 +258,7 @@ def test_a_phone_shows_everything(visit, pictures, colour_scheme):
     assert (red + green + blue > 384) == (colour_scheme == "dark")
 
 
-def test_output_is_text_and_never_html(visit, app):
+def test_output_is_shown_as_text_never_as_html(visit, app):
     page = visit()
     nasty = '<img src=x onerror="document.title=1"><b>'
     say(app.chat, nasty)
@@ -267,7 +267,7 @@ def test_output_is_text_and_never_html(visit, app):
     assert page.locator(".bubble img, .bubble b").count() == 0 and page.title() == "MiniMind-V"
 
 
-def test_what_the_server_refuses_is_shown(visit, tmp_path):
+def test_problems_are_shown(visit, tmp_path):
     page = visit()
     ask(page, "")
     expect(page.locator("#notice")).to_have_text("先写下问题。")
@@ -283,7 +283,7 @@ def test_what_the_server_refuses_is_shown(visit, tmp_path):
     expect(bubble(page)).to_have_text(LONG)
 
 
-def test_who_waits_sees_it(visit):
+def test_waiting_visitors_see_how_many_are_ahead(visit):
     first, second = visit(), visit()
     ask(first, "?")
     expect(bubble(first)).to_contain_text("左")

@@ -1,4 +1,4 @@
-"""Short clips: which frames are taken of them, and that an answer about a clip is one about its frames."""
+"""Videos and animations: which of their frames are read, and that an answer about one is an answer about its frames."""
 
 import base64
 import io
@@ -17,12 +17,12 @@ from web_server import create_app
 
 
 def shades(count, size=(64, 48)):
-    """Pictures of one grey each, from black on, told apart by their brightness."""
+    """Plain grey pictures, each a little brighter than the one before, starting from black."""
     return [Image.new("RGB", size, (5 * i, 5 * i, 5 * i)) for i in range(count)]
 
 
 def seen(path, most=8):
-    """The brightness of the frames that are taken, as numbers of `shades`."""
+    """Which of `shades` the frames read from a file are, by their brightness."""
     return [round(frame.float().mean().item() / 5) for frame in read_frames(path, 32, most)]
 
 
@@ -32,19 +32,19 @@ def test_frames_are_spread_evenly_from_the_first_to_the_last():
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.mp4", "a.webm", "a.mov"])
-def test_every_kind_of_clip_gives_its_frames(tmp_path, name):
+def test_frames_of_every_kind_of_video_and_animation(tmp_path, name):
     path = tmp_path / name
-    for count, most, wanted in ((40, 4, [0, 13, 26, 39]), (3, 8, [0, 1, 2])):
+    for count, most, expected in ((40, 4, [0, 13, 26, 39]), (3, 8, [0, 1, 2])):
         if name[-3:] in ("gif", "ebp", "png"):
             animated(path, shades(count))
         else:
             video(path, shades(count), "libvpx-vp9" if name == "a.webm" else "libx264")
         frames = read_frames(path, 32, most)
         assert {tuple(frame.shape) for frame in frames} == {(3, 32, 32)}
-        assert np.abs(np.array(seen(path, most)) - wanted).max() <= 1  # video codecs change shades a little
+        assert np.abs(np.array(seen(path, most)) - expected).max() <= 1  # video codecs change shades a little
 
 
-def test_pages_and_stills_are_one_picture(tmp_path, pictures):
+def test_multipage_and_still_files_give_one_picture(tmp_path, pictures):
     tiff = animated(tmp_path / "pages.tiff", shades(5))
     assert seen(tiff) == [0]
     size = 64
@@ -57,10 +57,12 @@ def test_a_video_held_upright_is_seen_upright(tmp_path):
     picture = Image.new("RGB", (64, 48))
     picture.paste((255, 0, 0), (0, 0, 32, 48))  # the left half is red
     frame = read_frames(video(tmp_path / "a.mp4", [picture] * 3, "libx264", rotation=90), 32, 1)[0]
-    assert frame[0, 24:].float().mean() > 200 and frame[0, :8].float().mean() < 60  # turned left: now the lower half is
+    assert (
+        frame[0, 24:].float().mean() > 200 and frame[0, :8].float().mean() < 60
+    )  # rotated to the left: now the lower half is red
 
 
-def test_what_is_no_clip_is_said(tmp_path, monkeypatch):
+def test_unreadable_videos_are_reported(tmp_path, monkeypatch):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(video(tmp_path / "a.mp4", shades(9), "libx264").read_bytes()[:300])
     for path, says in (
@@ -74,19 +76,19 @@ def test_what_is_no_clip_is_said(tmp_path, monkeypatch):
         read_frames(tmp_path / "a.mp4", 32, 8)
 
 
-def test_an_answer_about_a_clip_is_one_about_its_frames(chat, pictures, tmp_path):
+def test_an_answer_about_an_animation_equals_one_about_its_frames(chat, pictures, tmp_path):
     frames = [Image.open(path) for path in pictures[:3]]
-    clip = animated(tmp_path / "a.webp", frames)
+    animation = animated(tmp_path / "a.webp", frames)
     apart = []
     for i, frame in enumerate(frames):
         frame.save(tmp_path / f"{i}.png")
         apart.append(tmp_path / f"{i}.png")
     greedy = {"temperature": 0, "max_new_tokens": 12}
-    wanted = "".join(chat.stream("动画里有什么变化？", apart, **greedy))
-    assert "".join(chat.stream("动画里有什么变化？", chat.look([clip]), **greedy)) == wanted
-    assert "".join(chat.stream("动画里有什么变化？", apart[::-1], **greedy)) != wanted
+    expected = "".join(chat.stream("动画里有什么变化？", apart, **greedy))
+    assert "".join(chat.stream("动画里有什么变化？", chat.look([animation]), **greedy)) == expected
+    assert "".join(chat.stream("动画里有什么变化？", apart[::-1], **greedy)) != expected
     chat.max_frames = 2
-    assert len(chat.look([clip, *apart])) == 2 + 3
+    assert len(chat.look([animation, *apart])) == 2 + 3
 
 
 @pytest.fixture
@@ -103,9 +105,9 @@ def data_url(path, type):
     return f"data:{type};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def test_clips_come_in_by_the_api(client, pictures, tmp_path):
+def test_the_api_takes_videos_and_animations(client, pictures, tmp_path):
     frames = [Image.open(path) for path in pictures[:5]]
-    clip = data_url(animated(tmp_path / "a.webp", frames), "image/webp")
+    animation = data_url(animated(tmp_path / "a.webp", frames), "image/webp")
     stills = [picture_url(frames[i]) for i in (0, 2, 4)]
 
     def asked(*parts):
@@ -117,12 +119,15 @@ def test_clips_come_in_by_the_api(client, pictures, tmp_path):
         assert reply.status_code == 200, reply.get_json()
         return reply.get_json()["choices"][0]["message"]
 
-    whole = answer(part("video_url", clip))
+    whole = answer(part("video_url", animation))
     assert whole == answer(*(part("image_url", still) for still in stills))
-    first = answer(part("image_url", clip))
+    first = answer(part("image_url", animation))
     assert first == answer(part("image_url", stills[0])) == answer(part("video_url", stills[0])) != whole
 
-    body = {"messages": asked(part("image_url", stills[0]), part("video_url", clip))["messages"], "token_ids": [5, 6]}
+    body = {
+        "messages": asked(part("image_url", stills[0]), part("video_url", animation))["messages"],
+        "token_ids": [5, 6],
+    }
     looked = client.post("/attention", json=body).get_json()
     assert np.array(looked["shares"]).shape[:3] == (2, 2, 4)
     assert looked["frames"][0] == [None] and len(looked["frames"][1]) == 3
@@ -137,7 +142,7 @@ def test_clips_come_in_by_the_api(client, pictures, tmp_path):
         assert answer(part("video_url", film))["content"]
 
 
-def test_clips_that_can_t_be_read_are_refused(client, tmp_path, monkeypatch):
+def test_the_api_refuses_unreadable_videos(client, tmp_path, monkeypatch):
     monkeypatch.setattr("web.requests.MAX_VIDEO_PIXELS", 100_000)
     film = video(tmp_path / "a.mp4", shades(9), "libx264")
     long = video(tmp_path / "long.mp4", shades(50), "libx264")
@@ -155,16 +160,18 @@ def test_clips_that_can_t_be_read_are_refused(client, tmp_path, monkeypatch):
     assert ask(client, messages=question("颜色？"), max_tokens=2).status_code == 200
 
 
-def test_the_demo_s_animations_show_what_they_tell():
+def test_the_demo_s_animations_show_what_their_captions_say():
     rng = random.Random(0)
     kinds = set()
     for _ in range(60):
-        pictures, told, kind = demo.animation(rng)
+        pictures, caption, kind = demo.animation(rng)
         kinds.add(kind)
         frames = np.stack([np.asarray(picture, dtype=int) for picture in pictures])
-        moved = np.abs(np.diff(frames, axis=0)).max(axis=(1, 2, 3)) > 20  # between which frames anything changes
+        moved = np.abs(np.diff(frames, axis=0)).max(axis=(1, 2, 3)) > 20  # between which frames something changes
         assert moved.all() if kind == "move" else moved.sum() == 1
-        x, y = demo.PLACES[told[1:4] if told[1:4] in demo.PLACES else next(p for p in demo.PLACES if p in told)]
+        x, y = demo.PLACES[
+            caption[1:4] if caption[1:4] in demo.PLACES else next(p for p in demo.PLACES if p in caption)
+        ]
         place = frames[:, y - 30 : y + 30, x - 30 : x + 30]
-        assert np.abs(place[0] - place[-1]).max() > 20  # and it is where the words say
+        assert np.abs(place[0] - place[-1]).max() > 20  # and at the place that the caption names
     assert kinds == set(demo.CLIP_EDITS)

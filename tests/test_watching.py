@@ -1,4 +1,4 @@
-"""What a person watches a training by: Weights & Biases, drawn curves, and the page /training."""
+"""Ways to watch a training: Weights & Biases, plotted curves, and the page /training."""
 
 import json
 import signal
@@ -16,7 +16,7 @@ from web_server import create_app
 
 
 def pieces(data):
-    """The records in a .wandb file: LevelDB's log format, blocks of 32 kB, behind a head of 7 bytes."""
+    """The records in a .wandb file: LevelDB's log format, in blocks of 32 kB, after a header of 7 bytes."""
     at, record = 7, b""
     while at + 7 <= len(data):
         if (left := 32768 - at % 32768) < 7:
@@ -25,13 +25,13 @@ def pieces(data):
         length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
         record += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or its last part
+        if kind in (1, 4):  # a whole record, or its last part
             yield record
             record = b""
 
 
 def records(folder):
-    """What wandb's own files of offline runs hold: [(name, id, config, rows of metrics)], the earliest first."""
+    """The contents of wandb's files of offline runs: [(name, id, config, rows of metrics)], the earliest first."""
     runs = []
     for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
         name, number, config, rows = None, None, {}, []
@@ -48,7 +48,7 @@ def records(folder):
     return runs
 
 
-def test_wandb_has_the_figures_and_resumes_the_same_run(place, tmp_path):
+def test_wandb_gets_the_metrics_and_a_resumed_run_continues_in_it(place, tmp_path):
     flags = ["--use_wandb", "--val_fraction", 0.25, "--eval_interval", 2, "--save_interval", 2]
     offline = {"WANDB_DIR": str(tmp_path), "WANDB_MODE": "offline"}
     process = begin(place, *flags, env=offline)
@@ -60,7 +60,7 @@ def test_wandb_has_the_figures_and_resumes_the_same_run(place, tmp_path):
     assert name == again == "MiniMind-V Pretrain-Epoch-3-BatchSize-8-LearningRate-0.001" and number == same
     assert config["learning_rate"] == 0.001 and config["batch_size"] == 8
     figures = [row for row in rows + more if "loss" in row]
-    assert [row["_step"] for row in figures] == list(range(1, 16))  # 36 samples: 3 epochs of 5 steps, each told once
+    assert [row["_step"] for row in figures] == list(range(1, 16))  # 36 samples: 3 epochs of 5 steps, each logged once
     for figure in ("lr", "epoch_Time", "grad_norm", "samples_per_s"):
         assert all(figure in row for row in figures)
     assert sum("val_loss" in row for row in rows + more) == 8
@@ -76,7 +76,7 @@ def test_wandb_has_the_figures_and_resumes_the_same_run(place, tmp_path):
         ),
     ],
 )
-def test_without_wandb_it_says_how_to_go_offline_and_goes_on(place, tmp_path, environment, reason):
+def test_without_wandb_a_training_continues_and_explains_how_to_log_offline(place, tmp_path, environment, reason):
     environment = {"WANDB_MODE": "online", "WANDB_DIR": str(tmp_path), "HOME": str(tmp_path), **environment}
     text = run_whole(place, "--epochs", 1, "--use_wandb", env=environment)
     assert reason in text and "set WANDB_MODE=offline to log here and sync later" in text
@@ -121,10 +121,10 @@ def test_curves_of_real_runs_are_drawn(place, tmp_path):
     assert code == 0 and "2 runs" in out, err
     with Image.open(picture) as image:
         colours = {colour[:3] for _, colour in image.convert("RGBA").getcolors(10**6)}
-    assert {(31, 119, 180), (255, 127, 14)} <= colours  # the first two of matplotlib's: both were drawn
+    assert {(31, 119, 180), (255, 127, 14)} <= colours  # matplotlib's first two colours: both runs were drawn
 
 
-def test_what_cannot_be_drawn_is_said(tmp_path):
+def test_what_cannot_be_drawn_is_reported(tmp_path):
     (tmp_path / "bad.jsonl").write_text("x\n[]\n")
     for log, says in (("bad.jsonl", "is not the log of a training"), ("none.jsonl", "could not be read")):
         code, _, err = run_python("-m", "model.training.plot", tmp_path / log, "--save", tmp_path / "a.png")
@@ -137,12 +137,12 @@ def test_what_cannot_be_drawn_is_said(tmp_path):
 
 @pytest.fixture
 def watched(tmp_path):
-    """A server that only watches a folder."""
+    """A server started with --watch, and the folder it watches."""
     (tmp_path / "logs").mkdir()
     return create_app("--watch", "--out_dir", str(tmp_path / "logs")), tmp_path / "logs"
 
 
-def test_what_the_page_is_drawn_from(watched):
+def test_the_data_of_the_page(watched):
     app, folder = watched
     client = app.test_client()
     assert client.get("/").location == "training" and client.get("/training/runs").json == []
@@ -162,7 +162,7 @@ def test_the_page_follows_a_training(watched, browser):
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.goto(f"{address}/training")
-        expect(page.locator("#empty")).to_contain_text("no log of a training yet")
+        expect(page.locator("#empty")).to_contain_text("No training log yet")
         (folder / "a.jsonl").write_text(lines(*RUN))
         expect(page.locator("#runs button")).to_contain_text("step 2 of 9")
         expect(page.locator("#charts path")).to_have_count(4)
@@ -179,7 +179,7 @@ def test_the_page_follows_a_training(watched, browser):
         expect(page.locator("#runs button")).to_have_count(2)
         page.locator("#runs button").first.click()
         expect(page.locator("#runs button").first).to_have_attribute("aria-pressed", "false")
-        with open(folder / "a.jsonl", "a") as log:  # which comes first by that
+        with open(folder / "a.jsonl", "a") as log:  # now the newest run, listed first
             log.write(lines(figures(4, 4.0)))
         expect(page.locator("#runs button").first).to_contain_text("step 4 of 9")
         expect(page.locator("#runs button").nth(1)).to_be_focused()

@@ -1,4 +1,4 @@
-"""web_server.py: its API by Flask's client and by the real openai package, its queue, and what it refuses."""
+"""web_server.py: its API, called by Flask's client and by the real openai package; its queue; what it refuses."""
 
 import base64
 import json
@@ -45,7 +45,7 @@ def chunks(response):
 # --- answers --------------------------------------------------------------------------------------------------------
 
 
-def test_whole_and_streamed_answers_are_those_of_chat(app, client, pictures):
+def test_whole_and_streamed_answers_equal_those_of_chat(app, client, pictures):
     answer = app.chat.stream("颜色？", pictures[:2], max_new_tokens=15, temperature=0)
     text = "".join(answer)
     body = {"messages": question("颜色？", *map(data_url, pictures[:2])), "max_tokens": 15, "return_token_ids": True}
@@ -171,7 +171,7 @@ def bomb(width, height):
 
 
 def malformed(good):
-    """(body, what the error says) for every kind of bad request; `good` is a fine picture's URL."""
+    """(body, what the error says) for every kind of bad request; `good` is the URL of a valid picture."""
 
     def broken(data, kind="jpeg"):
         return question("?", f"data:image/{kind};base64,{base64.b64encode(data).decode()}")
@@ -290,7 +290,7 @@ def test_bad_requests_get_one_clear_sentence(client, pictures):
         assert client.get(f"/samples/{name}").status_code == 404
 
 
-def test_pictures_at_hand_may_have_any_name(app, flags, pictures, tmp_path, monkeypatch):
+def test_sample_pictures_may_have_any_name(app, flags, pictures, tmp_path, monkeypatch):
     folder = tmp_path / "dataset" / "eval_images"
     folder.mkdir(parents=True)
     name = "50% #1?.jpg"
@@ -306,7 +306,7 @@ def test_pictures_at_hand_may_have_any_name(app, flags, pictures, tmp_path, monk
         create_app(*flags)
 
 
-def test_too_large_is_said(app, client):
+def test_too_large_requests_are_refused(app, client):
     response = ask(client, messages=question("?", "data:image/png;base64," + "A" * 27_000_000))
     assert response.status_code == 413 and "picture 1 is over 20 MB" in response.get_json()["error"]["message"]
     with serving(app) as address:  # over a real connection, the rest of the upload must not hide the answer
@@ -317,7 +317,7 @@ def test_too_large_is_said(app, client):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads its own memory from Linux's /proc")
-def test_two_hundred_bad_requests_do_no_harm(client, pictures):
+def test_two_hundred_bad_requests_leak_no_memory(client, pictures):
     def memory():
         with open("/proc/self/statm") as f:
             return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -337,11 +337,11 @@ def test_two_hundred_bad_requests_do_no_harm(client, pictures):
     assert client.get("/health").get_json()["waiting"] == 0
 
 
-# --- many visitors --------------------------------------------------------------------------------------------------
+# --- many clients ---------------------------------------------------------------------------------------------------
 
 
 def at_once(client, bodies):
-    """Sends all at the same time: the responses, in order."""
+    """Sends all requests at the same time; returns the responses in order."""
     responses = [None] * len(bodies)
 
     def one(i):
@@ -368,7 +368,7 @@ def test_sixteen_at_once_get_what_each_gets_alone(flags, pictures, monkeypatch):
     assert together == alone and len({choice["message"]["content"] for choice in alone}) > 8
 
 
-def test_beyond_the_queue_is_503(app, client):
+def test_a_full_queue_is_503(app, client):
     say(app.chat, "左上角红色大圆形", seconds=0.1)
     responses = at_once(client, [{"messages": question(f"{i}？")} for i in range(16)])
     assert sorted(response.status_code for response in responses) == [200] * 9 + [503] * 7
@@ -381,7 +381,7 @@ def test_beyond_the_queue_is_503(app, client):
     assert client.get("/health").get_json()["waiting"] == 0
 
 
-def test_who_waits_is_told_the_place(app, client):
+def test_waiting_clients_see_their_position(app, client):
     say(app.chat, "左上角红色大圆形", seconds=0.2)
     bodies = [{"messages": question(f"{i}？"), "stream": True} for i in range(3)]
     texts = [response.get_data(as_text=True) for response in at_once(client, bodies)]
@@ -390,8 +390,8 @@ def test_who_waits_is_told_the_place(app, client):
     assert all(text.endswith("data: [DONE]\n\n") for text in texts)
 
 
-class Visitor:
-    """A raw connection that asks and can hang up at any moment; it keeps back the last bytes if `slow`."""
+class RawClient:
+    """A raw connection that sends a request and can hang up at any moment; if `slow`, it withholds the last bytes."""
 
     def __init__(self, address, slow=False, path="/v1/chat/completions", **body):
         host, port = address.removeprefix("http://").split(":")
@@ -411,16 +411,16 @@ class Visitor:
         self.socket.close()
 
 
-def eventually(true):
+def eventually(condition):
     limit = time.time() + 10
-    while not true():
+    while not condition():
         assert time.time() < limit
         time.sleep(0.01)
 
 
-def test_no_more_are_read_at_once_than_may_wait(app):
+def test_uploads_at_once_are_bounded(app):
     with serving(app) as address:
-        slow = [Visitor(address, slow=True, messages=question("？")) for _ in range(9)]
+        slow = [RawClient(address, slow=True, messages=question("？")) for _ in range(9)]
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
 
         def ask():
@@ -433,19 +433,19 @@ def test_no_more_are_read_at_once_than_may_wait(app):
                 return "8 others are waiting already" in str(error)
 
         eventually(refused)
-        for visitor in slow:
-            visitor.hang_up()
+        for client_connection in slow:
+            client_connection.hang_up()
         eventually(lambda: not refused())
         assert ask().usage.completion_tokens == 2
 
 
-def test_who_hangs_up_is_forgotten(app):
+def test_clients_that_hang_up_are_dropped(app):
     say(app.chat, "左上角红色大圆形" * 20, seconds=0.05)
     with serving(app) as address:
-        reader = Visitor(address, messages=question("？"), stream=True)
+        reader = RawClient(address, messages=question("？"), stream=True)
         reader.read_pieces(3)
-        waiting = Visitor(address, messages=question("？"), stream=True)
-        silent = Visitor(address, messages=question("？"))  # wants the answer whole
+        waiting = RawClient(address, messages=question("？"), stream=True)
+        whole = RawClient(address, messages=question("？"))  # not streamed
         eventually(lambda: len(app.api.queue.tickets) == 3)
         waiting.hang_up()
         eventually(lambda: len(app.api.queue.tickets) == 2)
@@ -453,10 +453,10 @@ def test_who_hangs_up_is_forgotten(app):
         reader.hang_up()
         eventually(lambda: len(app.api.queue.tickets) == 1)
         assert app.api.generated_tokens - generated <= 2
-        silent_began = app.api.generated_tokens
-        eventually(lambda: app.api.generated_tokens > silent_began)
+        before = app.api.generated_tokens
+        eventually(lambda: app.api.generated_tokens > before)
         generated = app.api.generated_tokens
-        silent.hang_up()
+        whole.hang_up()
         eventually(lambda: not app.api.queue.tickets)
         assert app.api.generated_tokens - generated <= 2
 
@@ -468,25 +468,25 @@ def test_attention_is_not_computed_for_a_client_that_hung_up(app, pictures, monk
     body = {"path": "/attention", "messages": question("？", data_url(pictures[0])), "token_ids": [5, 6]}
     with serving(app) as address:
         busy = app.api.queue.join()  # as if an answer were being written
-        waiting = Visitor(address, **body)
+        waiting = RawClient(address, **body)
         eventually(lambda: len(app.api.queue.tickets) == 2)
         waiting.hang_up()
         eventually(lambda: app.api.queue.tickets == [busy])  # it left the queue, although the answer is not finished
-        late = Visitor(address, **body)
+        late = RawClient(address, **body)
         eventually(lambda: len(app.api.queue.tickets) == 2)
         late.hang_up()
         app.api.queue.leave(busy)  # nobody is ahead of it any more
         eventually(lambda: not app.api.queue.tickets)
         assert computed == []
-        patient = Visitor(address, **body)
+        patient = RawClient(address, **body)
         eventually(lambda: len(computed) == 1)
         patient.hang_up()
 
 
-# --- the program ----------------------------------------------------------------------------------------------------
+# --- the script -----------------------------------------------------------------------------------------------------
 
 
-def test_program_serves_until_it_is_stopped(flags):
+def test_the_script_serves_until_it_is_stopped(flags):
     process = subprocess.Popen(
         [sys.executable, "web_server.py", *flags, "--port", "0"],
         cwd=ROOT,
@@ -505,7 +505,7 @@ def test_program_serves_until_it_is_stopped(flags):
         process.kill()
 
 
-def test_program_says_what_to_run_first(tmp_path):
+def test_the_script_says_what_to_run_first(tmp_path):
     code, out, err = run_python("web_server.py", "--demo", "--out_dir", tmp_path)
     assert code == 1 and "Traceback" not in err and not out
     assert "192_vlm_sft.pth not found: train the demo first" in err and "python 1-pretrain_vlm.py --demo" in err

@@ -1,18 +1,18 @@
-// What the pages share: two languages, light and dark, and a short way to make elements.
+// What the pages share: two languages, light and dark colours, and a short way to make elements.
 
-const OWN = {
+const SHARED_TEXTS = {
   zh: { language: "EN", language_label: "English", theme: "切换深浅色" },
   en: { language: "中", language_label: "中文", theme: "Light or dark" },
 };
 
 export const $ = (id) => document.getElementById(id);
 const remembered = (name) => { try { return localStorage.getItem(name); } catch { return null; } };
-const remember = (name, value) => { try { localStorage.setItem(name, value); } catch { /* private windows forget */ } };
+const remember = (name, value) => { try { localStorage.setItem(name, value); } catch { /* private windows may have no storage */ } };
 
 let language = remembered("language") || (navigator.language.startsWith("zh") ? "zh" : "en");
-let texts = OWN;
+let texts = SHARED_TEXTS;
 
-/** A text of the page in its language. */
+/** A text in the language of the page; `values` fill its gaps. */
 export function t(name, ...values) {
   const text = texts[language][name];
   return typeof text === "function" ? text(...values) : text;
@@ -26,7 +26,7 @@ export function make(tag, { data = {}, ...properties } = {}, ...children) {
   return element;
 }
 
-/** Puts the language's words wherever an element asks for them. */
+/** Fills in the texts that elements name: as content, placeholder, or accessible name, with data-label as tooltip too. */
 export function translate(root = document) {
   for (const element of root.querySelectorAll("[data-text]")) element.textContent = t(element.dataset.text);
   for (const element of root.querySelectorAll("[data-placeholder]")) element.placeholder = t(element.dataset.placeholder);
@@ -37,9 +37,12 @@ export function translate(root = document) {
   }
 }
 
-/** Gives the page its texts, {zh: {name: text}, en: ...}, and its buttons for language and colours; calls `changed` after each change of language. */
-export function setUp(own, changed) {
-  texts = { zh: { ...OWN.zh, ...own.zh }, en: { ...OWN.en, ...own.en } };
+/**
+ * Gives the page its texts, {zh: {name: text}, en: ...}, and makes its buttons for language and colours work.
+ * Calls `changed` now and after each change of language.
+ */
+export function setUp(pageTexts, changed) {
+  texts = { zh: { ...SHARED_TEXTS.zh, ...pageTexts.zh }, en: { ...SHARED_TEXTS.en, ...pageTexts.en } };
   const show = () => {
     document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
     translate();
@@ -48,6 +51,8 @@ export function setUp(own, changed) {
     changed();
   };
   $("language").onclick = () => { language = language === "zh" ? "en" : "zh"; remember("language", language); show(); };
+
+  // the system decides between light and dark until the visitor does
   const theme = remembered("theme");
   if (theme) document.documentElement.dataset.theme = theme;
   $("theme-button").onclick = () => {

@@ -1,4 +1,4 @@
-// The curves of trainings: what /training/runs tells is drawn as SVG, and asked for again every two seconds.
+// The training curves: fetches /training/runs every two seconds, and draws them as SVG.
 
 import { $, make, setUp, t } from "./common.js";
 
@@ -10,19 +10,19 @@ const TEXTS = {
     lost: "和服务器的连接断了，它还在运行吗？",
   },
   en: {
-    title: "training", chat: "Chat", runs: "Runs", empty: "There is no log of a training yet. Start one: python 1-pretrain_vlm.py --demo",
-    loss: "Loss (circles: held out)", held: "held out", lr: "Learning rate", samples_per_s: "Samples a second", step: "step",
+    title: "training", chat: "Chat", runs: "Runs", empty: "No training log yet. Start a run: python 1-pretrain_vlm.py --demo",
+    loss: "Loss (circles: held out)", held: "held out", lr: "Learning rate", samples_per_s: "Samples per second", step: "step",
     progress: (step, steps) => `step ${step} of ${steps}`, left: (minutes) => `${minutes} min left`,
-    lost: "The connection to the server is lost: is it still running?",
+    lost: "Lost the connection to the server. Is it still running?",
   },
 };
 const CHARTS = { loss: ["loss", "val_loss"], lr: ["lr"], samples_per_s: ["samples_per_s"] };
-const COLOURS = 6; // that style.css has
+const COLOURS = 6; // in style.css
 const HEIGHT = 220, LEFT = 58, RIGHT = 12, TOP = 10, BOTTOM = 24;
 
 let runs = [];
-let touched = 0; // when a pointer last read a value
-const hidden = new Set(); // names of runs that were clicked away
+let touched = 0; // time when the pointer last moved over a chart
+const hidden = new Set(); // names of runs that a click has hidden
 const short = (value) => (value === 0 ? "0" : Math.abs(value) >= 1e-3 && Math.abs(value) < 1e5 ? String(Number(value.toPrecision(4))) : value.toExponential(1));
 
 function svg(tag, attributes, ...children) {
@@ -41,7 +41,7 @@ function ticks(least, most, count) {
   return Array.from({ length: Math.floor(most / size) - first + 1 }, (_, i) => (first + i) * size);
 }
 
-/** The smallest and largest of all numbers, a little apart. */
+/** The smallest and the largest of the values, with a margin. */
 function range(values) {
   let [least, most] = [Infinity, -Infinity];
   for (const value of values) { least = Math.min(least, value); most = Math.max(most, value); }
@@ -49,7 +49,7 @@ function range(values) {
   return [least - room, most + room];
 }
 
-/** One chart: lines = [{colour, name, held, points: [[step, value or null], ...]}]. */
+/** One chart. lines: [{colour, name, held, points: [[step, value or null], ...]}]; held: measured on held-out samples. */
 function chart(title, lines, width) {
   const figure = make("figure", {}, make("figcaption", { textContent: title }));
   const points = lines.flatMap((line) => line.points).filter(([, value]) => value !== null);
@@ -58,6 +58,8 @@ function chart(title, lines, width) {
   const last = Math.max(1, ...points.map(([step]) => step));
   const x = (step) => LEFT + (step / last) * (width - LEFT - RIGHT);
   const y = (value) => TOP + ((high - value) / (high - low)) * (HEIGHT - TOP - BOTTOM);
+
+  // grid and axes
   const picture = svg("svg", { width, height: HEIGHT, role: "img", "aria-label": title });
   for (const value of ticks(low, high, 4)) {
     picture.append(svg("line", { x1: LEFT, x2: width - RIGHT, y1: y(value), y2: y(value), class: "grid" }));
@@ -66,8 +68,10 @@ function chart(title, lines, width) {
   for (const step of ticks(0, last, Math.max(2, width / 120))) {
     picture.append(svg("text", { x: x(step), y: HEIGHT - 6, class: "middle" }, String(step)));
   }
+
+  // a curve for each line, interrupted where a value is not finite; circles for held-out samples, which are few
   for (const line of lines) {
-    let path = "", pen = "M"; // lifted where a value was not finite
+    let path = "", pen = "M";
     for (const [step, value] of line.points) {
       if (value !== null) path += `${pen}${x(step).toFixed(1)} ${y(value).toFixed(1)}`;
       pen = value === null ? "M" : "L";
@@ -78,6 +82,8 @@ function chart(title, lines, width) {
       picture.append(svg("circle", { cx: x(step), cy: y(value), r: 3.5, class: `held c${line.colour}` }));
     }
   }
+
+  // the pointer reads the values of the nearest step
   const cursor = svg("line", { y1: TOP, y2: HEIGHT - BOTTOM, class: "cursor", visibility: "hidden" });
   const readout = make("p", { className: "readout" });
   picture.append(cursor);
@@ -98,7 +104,7 @@ function chart(title, lines, width) {
 
 const nearest = (points, step) => points.reduce((best, point) => (Math.abs(point[0] - step) < Math.abs(best[0] - step) ? point : best));
 
-/** Which runs there are, how far each is, and by click whether it is drawn. */
+/** A run's name and progress, as a button that shows or hides its curves. */
 function describe(run, colour) {
   const loss = run.curves.loss?.at(-1)?.[1];
   const said = [t("progress", run.step, run.steps), loss == null ? "" : short(loss)];
@@ -129,7 +135,7 @@ async function ask() {
     const response = await fetch("training/runs");
     const text = await response.text();
     $("notice").hidden = true;
-    if (text !== seen && Date.now() - touched > 3000) { // not under a pointer that reads a value
+    if (text !== seen && Date.now() - touched > 3000) { // don't redraw a chart while the pointer reads it
       seen = text;
       runs = JSON.parse(text);
       show();
