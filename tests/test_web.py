@@ -94,9 +94,8 @@ def test_earlier_messages_and_parts_are_read(app, client, pictures):
     expected = "".join(app.chat.stream(turns, pictures[:1], max_new_tokens=9, temperature=0))
     assert ask(client, messages=messages, max_tokens=9).get_json()["choices"][0]["message"]["content"] == expected
 
-    after = [
-        {"role": "user", "content": [{"type": "text", "text": "颜色？"}, part(url)]}
-    ]  # wherever the picture stands
+    # the position of the picture among the parts makes no difference
+    after = [{"role": "user", "content": [{"type": "text", "text": "颜色？"}, part(url)]}]
     placed = [{"role": "user", "content": [part(url), {"type": "text", "text": "<image>\n颜色？"}]}]
     answers = [
         ask(client, messages=m, max_tokens=9).get_json()["choices"] for m in (question("颜色？", url), after, placed)

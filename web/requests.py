@@ -165,7 +165,7 @@ def read_content(content):
         content = [{"type": "text", "text": content}]
     require(isinstance(content, list), "content should be text or a list of parts")
 
-    # sort the parts: where pictures stand among the texts makes no difference
+    # sort the parts: the position of pictures among the texts makes no difference
     texts = []
     urls = []
     for part in content:
@@ -183,7 +183,7 @@ def read_content(content):
             require(isinstance(url, str), f"a part of type {part_type} should have a string under {part_type}.url")
             urls.append((part_type, url))
 
-    # JSON can spell half a UTF-16 pair, which the tokenizer would fail at
+    # JSON can contain half of a surrogate pair, which the tokenizer can't encode
     text = "\n".join(texts)
     try:
         text.encode()
@@ -207,7 +207,7 @@ def read_medium(chat, part_type, url, number):
 
     number: its place among the request's pictures and videos, for error messages.
     """
-    # refuse by the URL alone what needs no decoding
+    # the URL alone shows some problems, without any decoding
     head, _, data = url.partition(",")
     require(head.startswith("data:"), f"picture {number}: only data: URLs are supported, this server downloads nothing")
     if len(data) * 3 // 4 > MAX_PICTURE:
@@ -220,7 +220,7 @@ def read_medium(chat, part_type, url, number):
         except ValueError:
             raise BadInput(f"picture {number}: its base64 is invalid") from None
 
-        # whatever is wrong with the file, say with which one
+        # every error names the picture it is about
         try:
             mime_type = head.removeprefix("data:").partition(";")[0]
             return decode_frames(chat, part_type, file, mime_type)
@@ -240,7 +240,7 @@ def decode_frames(chat, part_type, file, mime_type):
     as_video = part_type == "video_url"
     max_frames = chat.max_frames if as_video else 1
 
-    # a video, by what its URL says: PyAV has to be told the format
+    # the URL says whether it is a video, and in which format, which PyAV has to be told
     format = VIDEO_TYPES.get(mime_type)
     if format:
         require(as_video, "a video should be sent as video_url, not as image_url")
