@@ -7,39 +7,21 @@ torchrun --nproc_per_node 2 1-pretrain_vlm.py          # two GPUs
 """
 
 import argparse
-from pathlib import Path
 
 from dataset import demo
-from model.arguments import add_switch, add_training_arguments, parse_with_demo
-from model.checkpoint import weights_name
+from model.arguments import add_switch, add_training_arguments, parse_stage
 from model.errors import run_script
-from model.stages import DATA, DEMO_DATA, DEMO_LLM, DEMO_MODEL
+from model.stages import STAGES
 from model.training.trainer import train
-
-DEMO = {
-    **DEMO_MODEL,
-    **DEMO_DATA["pretrain"],
-    "from_weights": DEMO_LLM,
-    "cache_features": True,
-    "epochs": 4,
-    "batch_size": 32,
-    "learning_rate": 1e-3,
-    "warmup_iters": 20,
-}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_arguments(parser, 4e-4, **DATA["pretrain"])
+    add_training_arguments(parser, STAGES["pretrain"])
     add_switch(parser, "--from_scratch", help="start from a random language model instead of a trained one")
-    args = parse_with_demo(parser, DEMO)
+    args, stage = parse_stage(parser, lambda args: "pretrain")
     demo.build_if_asked_for(args.data_path)
-    args.wandb_run_name = args.wandb_run_name or (
-        f"MiniMind-V Pretrain-Epoch-{args.epochs}-BatchSize-{args.batch_size}-LearningRate-{args.learning_rate}"
-    )
-    out = Path(args.out_dir)
-    weights = None if args.from_scratch else args.from_weights or out / weights_name(args, "llm")
-    train(args, "pretrain", weights, out / weights_name(args, "vlm_pretrain"), allow_missing_projector=True)
+    train(args, stage, from_scratch=args.from_scratch)
 
 
 if __name__ == "__main__":

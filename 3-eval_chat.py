@@ -21,18 +21,12 @@ from model.generate import SETTINGS
 from model.score import read_questions, score
 from model.stages import DEMO_MODEL
 
-DEMO = {
-    **DEMO_MODEL,
-    "temperature": 0.0,  # the demo's questions have one right answer
-    "score": [demo.FOLDER / "score_heldout.json", demo.FOLDER / "score_unseen.json"],
-}
-DEMO_MULTI = {
-    **DEMO,
-    "score": [demo.FOLDER / f"score_{name}.json" for name in ("multi", "clips", "clips_shuffled")],
-}
+DEMO = {**DEMO_MODEL, "temperature": 0.0}  # the demo's questions have one right answer
+# what the demo's answers are scored on, without and with --multi
+DEMO_SCORES = {False: ("heldout", "unseen"), True: ("multi", "clips", "clips_shuffled")}
 HELP = """\
-/image FILE ...    look at this picture or clip, or at these together; numbers stand for what is at hand
-/clear             look at nothing, and pick anew
+/image FILE ...    show these pictures or videos: paths, or numbers from the list
+/clear             drop the pictures and pick again
 /set NAME VALUE    one of {settings}; without a name, show them
 /help  /exit       this text; leave (or Ctrl-D)
 Anything else is a question. Each stands alone: the model sees its pictures, not what was said before.
@@ -94,7 +88,7 @@ class Terminal:
         names = [text] if Path(text).is_file() else shlex.split(text, posix=os.name == "posix")
         numbered = {str(number): file for number, file in enumerate(self.at_hand, 1)}
         files = [numbered.get(name, Path(name.strip("'\"")).expanduser()) for name in names]
-        seen = [self.chat.look([file]) for file in files]
+        seen = [self.chat.load_frames([file]) for file in files]
         self.pixels = [pixels for frames in seen for pixels in frames]
         self.picking = False
         names = [
@@ -139,19 +133,19 @@ def show_answers(chat, folder, settings):
     """Every question of the evaluation folder, with its answer as it comes."""
     for paths, question in read_questions(folder):
         print(f"\n[{' + '.join(path.name for path in paths)}]\n问: {question}\n答: ", end="", flush=True)
-        for piece in chat.stream(question, chat.look(paths), **settings):
+        for piece in chat.stream(question, chat.load_frames(paths), **settings):
             print(piece, end="", flush=True)
         print()
 
 
-def show_score(chat, args):
+def show_score(chat, files, images_path):
     """A table of exact matches per kind of question for each labelled file."""
-    demo.build_if_asked_for(args.score[0])
-    for file in args.score:
+    demo.build_if_asked_for(files[0])
+    for file in files:
         print(
             f"\n{file}: share of exactly right answers\n{'kind':<12}{'questions':>10}{'right image':>14}{'shuffled image':>17}"
         )
-        for kind, (count, own, others) in score(chat, file, args.images_path).items():
+        for kind, (count, own, others) in score(chat, file, images_path).items():
             shuffled = "-" if others is None else f"{others:.1%}"
             print(f"{kind:<12}{count:>10}{own:>14.1%}{shuffled:>17}")
 
@@ -161,23 +155,25 @@ def main():
     add_model_arguments(parser)
     add_chat_arguments(parser)
     add_switch(parser, "--multi", help="the model that was trained on several pictures at a time, and pictures for it")
-    add_switch(parser, "--all", help="no talk, even in a terminal: answer every question of dataset/eval_images")
+    add_switch(parser, "--all", help="non-interactive: answer every question of dataset/eval_images")
     parser.add_argument(
         "--score", nargs="+", metavar="FILE", help="answer these labelled files and count the right answers"
     )
     parser.add_argument("--images_path", default="dataset/sft_images", help="folder of the pictures of --score")
-    given, _ = parser.parse_known_args()
-    args = parse_with_demo(parser, DEMO_MULTI if given.multi else DEMO)
+    args = parse_with_demo(parser, DEMO)
     chat = load_chat(args)
-    print(chat.loaded)
+    print(chat.summary)
     folder = Path("dataset/eval_multi_images" if args.multi else "dataset/eval_images")
-    if not (args.all or given.score) and sys.stdin.isatty() and sys.stdout.isatty():
+    if not (args.all or args.score) and sys.stdin.isatty() and sys.stdout.isatty():
         Terminal(chat, folder, settings_of(args)).run()
         return
-    if args.all or not given.score:
+    if args.all or not args.score:
         show_answers(chat, folder, settings_of(args))
-    if args.score:
-        show_score(chat, args)
+    files = args.score
+    if args.demo and not files:
+        files = [demo.FOLDER / f"score_{name}.json" for name in DEMO_SCORES[args.multi]]
+    if files:
+        show_score(chat, files, args.images_path)
 
 
 if __name__ == "__main__":

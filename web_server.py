@@ -88,7 +88,7 @@ def main():
     app = create_app(*sys.argv[1:])
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # don't print a line for every request
     server = make_server(args.host, args.port, app, threaded=True)
-    print("showing training curves only" if args.watch else app.chat.loaded)
+    print("showing training curves only" if args.watch else app.chat.summary)
     print(f"open http://{args.host}:{server.port} (Ctrl-C stops)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()

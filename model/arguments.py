@@ -1,23 +1,24 @@
-"""The command line: what the scripts share of it."""
+"""The command line: flags that several scripts share, their defaults, and the model that they ask for."""
 
 import argparse
 import os
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from .chat import Chat
-from .checkpoint import weights_name
 from .errors import BadInput
 from .generate import SETTINGS
+from .stages import STAGES, answering_stage, weights_path
 
-MAX_BAD_FRACTION = 0.05  # of the records, which a training leaves out
+MAX_BAD_FRACTION = 0.05  # of the records; training skips them
+VISION_PATH = "model/clip_model/clip-vit-base-patch32"
+TOKENIZER_PATH = "model/minimind_tokenizer"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def yes_or_no(text):
-    """For `--multi`, `--multi True` and `--multi False`."""
+def parse_bool(text):
+    """The value in `--multi True` and `--multi False`."""
     if text.lower() in ("true", "yes", "1"):
         return True
     if text.lower() in ("false", "no", "0"):
@@ -26,8 +27,8 @@ def yes_or_no(text):
 
 
 def add_switch(parser, name, help):
-    """An option that is off, on when named, and may be spelled out as True or False."""
-    parser.add_argument(name, nargs="?", const=True, default=False, type=yes_or_no, metavar="True|False", help=help)
+    """A flag that is off by default and on when named; True or False may follow."""
+    parser.add_argument(name, nargs="?", const=True, default=False, type=parse_bool, metavar="True|False", help=help)
 
 
 def default_device():
@@ -37,58 +38,69 @@ def default_device():
 
 
 def add_model_arguments(parser):
-    """Sizes and places of the model: what training and chatting share."""
+    """Sizes of the model, paths and device: what training and answering share."""
     parser.add_argument("--dim", type=int, default=512, help="width of the language model (published: 512 or 768)")
     parser.add_argument("--n_layers", type=int, default=8, help="its layers (published: 8 or 16)")
     parser.add_argument("--n_heads", type=int, default=16, help="its attention heads")
     parser.add_argument("--n_kv_heads", type=int, default=8, help="its key/value heads")
     parser.add_argument("--max_seq_len", type=int, default=512, help="longest conversation in tokens, 50 a picture")
     add_switch(parser, "--use_moe", help="experts in place of each feed-forward")
-    parser.add_argument("--out_dir", default="out", help="where weights and logs are written and looked for")
-    parser.add_argument("--vision_path", default="model/clip_model/clip-vit-base-patch32", help="folder of the CLIP")
-    parser.add_argument("--tokenizer_path", default="model/minimind_tokenizer", help="folder of the tokenizer")
-    parser.add_argument("--device", default=default_device(), help="cuda, mps or cpu (default: the first at hand)")
+    parser.add_argument("--out_dir", default="out", help="folder of weights and logs")
+    add_path_arguments(parser)
+    parser.add_argument(
+        "--device", default=default_device(), help="cuda, mps or cpu (default: the first that is there)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 or float16 on a GPU, float32 on a CPU")
 
 
+def add_path_arguments(parser):
+    """Where the CLIP and the tokenizer are."""
+    parser.add_argument("--vision_path", default=VISION_PATH, help="folder of the CLIP (default %(default)s)")
+    parser.add_argument(
+        "--tokenizer_path", default=TOKENIZER_PATH, help="folder of the tokenizer (default %(default)s)"
+    )
+
+
 def model_sizes(args):
-    """The LMConfig fields that `add_model_arguments` asks for."""
+    """The LMConfig fields among the flags of `add_model_arguments`."""
     return {
         name: getattr(args, name) for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "use_moe")
     }
 
 
-def add_training_arguments(parser, learning_rate, data_path, images_path):
-    """The published training arguments, with the defaults of one stage."""
+def add_training_arguments(parser, stage=STAGES["pretrain"]):
+    """The published training flags, with the defaults of a stage."""
     add_model_arguments(parser)
-    parser.add_argument("--data_path", default=data_path, help="JSON file of records (default %(default)s)")
-    parser.add_argument("--images_path", default=images_path, help="folder of its pictures (default %(default)s)")
+    parser.add_argument("--data_path", default=stage.data_path, help="JSON file of records (default %(default)s)")
+    parser.add_argument("--images_path", default=stage.images_path, help="folder of its pictures (default %(default)s)")
     parser.add_argument(
         "--from_weights", help="start from this file, or transformers folder, instead of the previous stage's"
     )
-    add_switch(parser, "--freeze_llm", help="train the projector only, and leave the language model as it is")
+    add_switch(parser, "--freeze_llm", help="train only the projector")
     parser.add_argument("--seed", type=int, default=1337, help="of random weights and of the order of samples")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch_size", type=int, default=16, help="samples per step and process (default %(default)s)")
     parser.add_argument(
         "--batch_tokens",
         type=int,
-        help="instead: as many samples of like length as this many tokens hold, padding included",
+        help="batch by tokens instead: as many samples of similar length as fit, padding included",
     )
-    parser.add_argument("--learning_rate", type=float, default=learning_rate, help="its peak (default %(default)s)")
+    parser.add_argument(
+        "--learning_rate", type=float, default=stage.learning_rate, help="its peak (default %(default)s)"
+    )
     parser.add_argument("--accumulation_steps", type=int, default=1, help="batches per optimizer step")
     parser.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm")
     parser.add_argument("--warmup_iters", type=int, default=0, help="optimizer steps of rising learning rate")
     parser.add_argument("--log_interval", type=int, default=10, help="optimizer steps between log lines")
     parser.add_argument("--save_interval", type=int, default=1000, help="optimizer steps between saved weights")
-    add_switch(parser, "--strict", help="end at the first record that can't be used instead of leaving it out")
+    add_switch(parser, "--strict", help="stop at the first record that can't be used instead of skipping it")
     parser.add_argument(
         "--max_bad_fraction",
         type=float,
         default=MAX_BAD_FRACTION,
-        help="end if more of the records can't be used (default %(default)s)",
+        help="stop if more of the records can't be used (default %(default)s)",
     )
-    add_switch(parser, "--resume", help="go on from where a run of the same arguments was cut off, if one was")
+    add_switch(parser, "--resume", help="continue an interrupted run with the same arguments, if there is one")
     parser.add_argument("--val_fraction", type=float, default=0.0, help="part of the data to hold out and measure on")
     parser.add_argument("--val_path", help="JSON file of records to measure on instead")
     parser.add_argument("--eval_interval", type=int, default=1000, help="optimizer steps between measurements")
@@ -99,7 +111,7 @@ def add_training_arguments(parser, learning_rate, data_path, images_path):
         help="processes that read pictures ahead (default: 4 with a GPU, 0 without)",
     )
     add_switch(parser, "--cache_features", help="run CLIP once over all pictures and keep the result in out_dir")
-    add_switch(parser, "--compile", help="compile the model before training (needs a C++ compiler, on a GPU Triton)")
+    add_switch(parser, "--compile", help="compile the model first (needs a C++ compiler, or Triton on a GPU)")
     add_switch(parser, "--use_wandb", help="log to Weights & Biases")
     parser.add_argument("--wandb_project", default="MiniMind-V")
     parser.add_argument(
@@ -117,7 +129,7 @@ def add_chat_arguments(parser):
         "--max_frames",
         type=int,
         default=8,
-        help="frames taken of a clip, as many as the context holds (default %(default)s)",
+        help="frames used of a video or animation, as many as the context holds (default %(default)s)",
     )
     parser.add_argument("--quantize", choices=["int8"], help="keep weights in 8 bits (CPU only)")
     for name, setting in SETTINGS.items():
@@ -136,22 +148,43 @@ def read_flag(name, text):
 
 
 def parse_with_demo(parser, demo, flags=None):
-    """Parses the command line; `--demo` only puts the defaults `demo` in place of others, and each can still be given."""
+    """Parses the command line; `--demo` only changes defaults, to those in `demo`, and each can still be overridden."""
+    return parse_with_defaults(parser, lambda args: demo if args.demo else {}, flags)
+
+
+def parse_stage(parser, name_of):
+    """Parses a training script's command line -> (arguments, name of their stage). The stage decides the defaults.
+
+    name_of: called with the arguments, returns the name of the stage they ask for.
+    """
+
+    def defaults_of(args):
+        stage = STAGES[name_of(args)]
+        return stage.demo if args.demo else stage.defaults
+
+    args = parse_with_defaults(parser, defaults_of)
+    name = name_of(args)
+    args.wandb_run_name = args.wandb_run_name or (
+        f"MiniMind-V {STAGES[name].title}-Epoch-{args.epochs}-BatchSize-{args.batch_size}"
+        f"-LearningRate-{args.learning_rate}"
+    )
+    return args, name
+
+
+def parse_with_defaults(parser, defaults_of, flags=None):
+    """Parses the command line twice, as its own flags decide some defaults: those that `defaults_of(arguments)` returns."""
     add_switch(parser, "--demo", help="the embedded demo: a drawn picture world and small models, nothing downloaded")
-    args = parser.parse_args(flags)
-    if args.demo:
-        parser.set_defaults(**demo)
-        args = parser.parse_args(flags)
-    return args
+    parser.set_defaults(**defaults_of(parser.parse_args(flags)))
+    return parser.parse_args(flags)
 
 
 def settings_of(args):
-    """The options of `Chat.stream` that were chosen on the command line."""
+    """The options of `Chat.stream` on the command line."""
     return {name: getattr(args, name) for name in SETTINGS}
 
 
 def pick_dtype(name, device):
-    """The precision of matrix products: as asked, or the best the device has."""
+    """The precision of matrix products: the one named, or the best that the device has."""
     if name:
         return DTYPES[name]
     if device.startswith("cuda"):
@@ -160,14 +193,15 @@ def pick_dtype(name, device):
 
 
 def load_chat(args):
-    """The `Chat` that the command line asks for. BadInput says which stage to run where its weights are missing."""
+    """The `Chat` that the command line asks for. BadInput says which stages to run if the demo's weights are missing."""
     weights = args.weights
     if not weights:
-        weights = Path(args.out_dir) / weights_name(args, "vlm_sft_multi" if args.multi else "vlm_sft")
+        wanted = answering_stage(args.multi)
+        weights = weights_path(args.out_dir, args, wanted.writes)
         if args.demo and not weights.exists():
-            stages = "python 1-pretrain_vlm.py --demo && python 2-sft_vlm.py --demo"
-            more = " && python 2-sft_vlm.py --demo --multi" if args.multi else ""
-            raise BadInput(f"{weights} not found: train the demo first, with {stages}{more}")
+            stages = list(STAGES.values())
+            commands = [f"python {stage.command} --demo" for stage in stages[: stages.index(wanted) + 1]]
+            raise BadInput(f"{weights} not found: train the demo first, with {' && '.join(commands)}")
     dtype, int8 = pick_dtype(args.dtype, args.device), args.quantize == "int8"
     return Chat(
         weights,

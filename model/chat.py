@@ -1,4 +1,7 @@
-"""A trained model that answers: load it, stream an answer, see where it looked, or answer many questions in batches."""
+"""A trained model that answers: load it, stream an answer, see where it looked, or answer many questions in batches.
+
+Shapes: N images, P tokens per image, V vision width, T tokens, S pixels on a side.
+"""
 
 import contextlib
 import os
@@ -14,15 +17,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from .checkpoint import load_tokenizer, load_vlm, read_notes, tokenizer_warning
-from .conversation import as_conversation, encode_conversations, tokenizer_fields
+from .checkpoint import load_parts
+from .conversation import as_conversation, encode_conversations
 from .cpu_speed import RowLinear, quantize
 from .decoder import Decoder, GraphDecoder
 from .errors import BadInput
 from .generate import Answer
 from .images import read_frames, read_pixels
-from .LMConfig import LMConfig
-from .vision_utils import has_vision, load_vision
+from .vision_utils import has_vision
 
 
 class Chat:
@@ -39,29 +41,25 @@ class Chat:
         max_frames=8,
         **sizes,
     ):
-        """weights: a .pth file, or a transformers folder, whose own tokenizer and CLIP, if it has them, go before the others.
+        """weights: a .pth file, or a transformers folder, whose own tokenizer and CLIP, if present, take precedence.
 
         int8: store the matrices of the language model and of CLIP in 8 bits (CPU only).
-        max_frames: how many frames of a clip are looked at; fewer if the context doesn't hold them.
-        sizes: LMConfig fields, for weights that come without a config of their own. BadInput says what is missing.
-        `loaded` is a line about what was loaded, and a warning if there is one.
+        max_frames: how many frames of a video are used; fewer if the context doesn't hold them.
+        sizes: LMConfig fields for weights that come without a config of their own. BadInput says what is missing.
+        `summary` says what was loaded, and warns if something is doubtful.
         """
         weights = Path(weights)
         if (weights / "tokenizer.json").exists():
             tokenizer_path = weights
         if has_vision(weights):
             vision_path = weights
-        notes = read_notes(weights)
+        parts = load_parts(weights, vision_path, tokenizer_path, device, dtype, fallback=sizes)
         self.name = weights.name.removesuffix(".pth")
-        self.tokenizer = load_tokenizer(tokenizer_path)
-        self.encoder = load_vision(vision_path, device, dtype)
-        config = LMConfig(**{**sizes, **notes.get("config", {}), **tokenizer_fields(self.tokenizer)})
-        config.vision_width, config.image_tokens = self.encoder.vision_width, self.encoder.image_tokens
-        model, loaded = load_vlm(weights, config, self.tokenizer)
-        self.loaded = "\n".join(filter(None, [loaded, tokenizer_warning(weights, self.tokenizer)]))
-        self.model = model.to(device=device, dtype=dtype).eval()
+        self.tokenizer, self.encoder, self.summary = parts.tokenizer, parts.encoder, parts.summary
+        self.model = parts.model.to(device=device, dtype=dtype).eval()
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self.config, self.device, self.dtype = config, torch.device(device), dtype
+        self.config, self.device, self.dtype = self.model.config, torch.device(device), dtype
+        config = self.config
         self.max_frames = max(1, min(max_frames, config.max_seq_len // config.image_tokens - 1))  # and room for words
         if int8:
             quantize(self.model, self.device)
@@ -73,25 +71,25 @@ class Chat:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")  # 8 MB a stream, not 32
             self.graph = GraphDecoder(self.model, 1, config.max_seq_len)
 
-    def prompt(self, turns):
+    def encode_prompt(self, turns):
         """Token ids (1, T) of a conversation that ends with a question. BadInput if no answer would fit behind it."""
         ids = encode_conversations(self.tokenizer, [turns], self.config)[0][0]
         if len(ids) >= self.config.max_seq_len:
             raise BadInput(f"the question has {len(ids)} tokens, the model reads at most {self.config.max_seq_len}")
         return torch.from_numpy(ids)[None].to(self.device)
 
-    def look(self, files):
-        """Files of pictures and clips as one list of pixels: each picture, and up to `max_frames` frames of each clip."""
+    def load_frames(self, files):
+        """Files of pictures and videos as one list of pixels: each picture, and up to `max_frames` frames of each video."""
         return [pixels for file in files for pixels in read_frames(file, self.encoder.image_size, self.max_frames)]
 
-    def pixels(self, images):
+    def stack_pixels(self, images):
         """Picture files, or pixels from `to_pixels`, as one uint8 tensor (N, 3, S, S)."""
         size = self.encoder.image_size
         return torch.stack([image if torch.is_tensor(image) else read_pixels(image, size) for image in images])
 
-    def see(self, images):
+    def encode_images(self, images):
         """Picture files or pixels -> features (N, P, V), in one forward; None for no pictures."""
-        return self.encoder(self.pixels(images)).to(self.dtype) if len(images) else None
+        return self.encoder(self.stack_pixels(images)).to(self.dtype) if len(images) else None
 
     def stream(
         self,
@@ -130,8 +128,8 @@ class Chat:
         if drawn:
             dice = torch.Generator(self.device)
             dice.seed() if seed is None else dice.manual_seed(seed)
-        pixels = self.pixels(images) if len(images) else ()
-        return Answer(self, self.prompt(turns), pixels, max_new_tokens, steps, dice, stop, stop_event)
+        pixels = self.stack_pixels(images) if len(images) else ()
+        return Answer(self, self.encode_prompt(turns), pixels, max_new_tokens, steps, dice, stop, stop_event)
 
     def warm_up(self):
         """One short answer about a blank picture, so that the first visitor waits no longer than the second."""
@@ -151,7 +149,7 @@ class Chat:
 
     def attention(self, turns, images, token_ids):
         """Where the model looked: `MiniMindVLM.attention_maps` of an answer's token ids; turns, images: as in `stream`."""
-        return self.model.attention_maps(self.prompt(turns), self.see(images), token_ids)
+        return self.model.attention_maps(self.encode_prompt(turns), self.encode_images(images), token_ids)
 
     @torch.inference_mode()
     def answer_all(self, prompts, features, batch_size=64, max_new_tokens=48):

@@ -1,21 +1,24 @@
 """Files in and out: .pth weights, transformers folders, tokenizers. Loading is strict, saving is atomic."""
 
+import copy
 import hashlib
 import inspect
 import json
 import pickle
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors
 import safetensors.torch
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from .conversation import tokenizer_fields
 from .errors import BadInput
 from .files import read_object, refuse_pointer, replace_file, weights_in, write_json
 from .LMConfig import LMConfig
 from .model_vlm import MiniMindVLM
-from .vision_utils import VISION
+from .vision_utils import VISION, VisionEncoder, load_vision
 
 PREFIXES = ("_orig_mod.", "module.")  # left in a file by torch.compile and by data-parallel training
 EXTRAS = ("pos_cis", ".mask")  # buffers of older files
@@ -55,12 +58,18 @@ def tokenizer_hash(tokenizer):
     return hashlib.sha256("\n".join(f"{i} {token}" for i, token in tokens).encode()).hexdigest()[:16]
 
 
+def encoder_hash(encoder):
+    """Short hash of a CLIP's sizes and of the signs of its position embeddings, kept beside weights as the tokenizer's is.
+
+    Signs are the same in every precision, and differ for a CLIP that was trained otherwise.
+    """
+    embeddings = getattr(encoder.model, "vision_model", encoder.model).embeddings
+    signs = torch.cat([embeddings.class_embedding[None], embeddings.position_embedding.weight]).signbit()
+    sizes = f"{encoder.image_size} {encoder.image_tokens} {encoder.vision_width} "
+    return hashlib.sha256(sizes.encode() + signs.cpu().numpy().tobytes()).hexdigest()[:16]
+
+
 # --- weights in -----------------------------------------------------------------------------------------------------
-
-
-def weights_name(config_or_args, stage):
-    """`512_moe_vlm_sft.pth` and the like, for anything with `dim` and `use_moe`."""
-    return f"{config_or_args.dim}{'_moe' if config_or_args.use_moe else ''}_{stage}.pth"
 
 
 def weights_file(path):
@@ -69,7 +78,7 @@ def weights_file(path):
     if path.is_dir():
         path = weights_in(path)
     if path.suffix == ".json":
-        raise BadInput(f"{path} names several files of weights, and one is wanted: save them as one")
+        raise BadInput(f"{path} is an index of sharded weights: merge them into one file")
     if not path.exists():
         raise BadInput(
             f"{path} not found: run the stage that makes it or download it (see README, 'Which weights start which stage')"
@@ -80,8 +89,8 @@ def weights_file(path):
 def read_weights(path):
     """The language model's and the projector's tensors in a .pth file or a transformers folder, under their published names.
 
-    Prefixes and extra buffers of older files are taken off, and a CLIP that comes along is left out. Code in the file is
-    never run. BadInput says what is wrong with the file.
+    Prefixes and extra buffers of older files are removed, and so is a CLIP in the same file. Code in the file never runs.
+    BadInput says what is wrong with the file.
     """
     path = weights_file(path)
     refuse_pointer(path)
@@ -92,10 +101,12 @@ def read_weights(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, safetensors.SafetensorError) as error:
         if "GLOBAL" in str(error):  # the pickle wants to call something
-            raise BadInput(f"{path} holds more than tensors, and to load it would run code: refused") from None
-        raise BadInput(f"{path} is not a whole file of weights: copy or download it again") from None
+            raise BadInput(f"{path} contains pickled code, not only tensors: refusing to load it") from None
+        raise BadInput(f"{path} is truncated, or not a file of weights: copy or download it again") from None
     if not isinstance(state, dict) or not all(torch.is_tensor(tensor) for tensor in state.values()):
         raise BadInput(f"{path} is not a file of weights: expected named tensors")
+
+    # only the model's own tensors, under their published names, the tied one under both of its names
     for prefix in PREFIXES:
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     state = {name: state[name] for name in state if not name.endswith(EXTRAS) and not name.startswith(VISION)}
@@ -103,16 +114,15 @@ def read_weights(path):
         if twin in state:
             state.setdefault(name, state[twin].detach())
     if TIED[0] not in state:
-        raise BadInput(f"{path} holds no MiniMind: it has no {TIED[0]}, but {next(iter(state), 'nothing')}")
+        raise BadInput(f"{path} is not a MiniMind: it has no {TIED[0]}, but {next(iter(state), 'nothing')}")
     return state
 
 
-def read_notes(path):
-    """What comes with weights: the .json beside a .pth (config, tokenizer hash, step, ...), or the `config.json` of a
-    transformers folder under "config"; {} for a bare .pth made elsewhere. BadInput if they are damaged."""
+def read_metadata(path):
+    """What comes with weights: the .json beside a .pth (config, hashes of tokenizer and CLIP, step, ...), or the
+    `config.json` of a transformers folder under "config"; {} for a bare .pth made elsewhere. BadInput if it is damaged."""
     path = Path(path)
-    notes = path / "config.json" if path.is_dir() else path.with_suffix(".json")
-    content = read_object(notes)
+    content = read_object(path / "config.json" if path.is_dir() else path.with_suffix(".json"))
     if not path.is_dir() or not content:
         return content
     known = inspect.signature(LMConfig.__init__).parameters.keys() - {"self", "kwargs"}
@@ -120,7 +130,7 @@ def read_notes(path):
 
 
 def sizes_of(state):
-    """The LMConfig fields that the tensors of a model tell, in the order in which a misfit is best explained."""
+    """LMConfig fields inferred from tensor shapes, ordered so that the first mismatch gives the most useful error."""
     layers = [int(name.split(".")[1]) for name in state if name.startswith("layers.")]
     gate = state.get("layers.0.feed_forward.gate.weight")
     projector = state.get(f"{PROJECTOR}vision_proj.0.weight")
@@ -135,53 +145,79 @@ def sizes_of(state):
     return {name: value for name, value in sizes.items() if value is not None}
 
 
-def check_fits(path, state, config, tokenizer):
-    """BadInput names the first thing in which a file differs from the model that is wanted, and the likely cause.
+def build_config(metadata, tokenizer, encoder, sizes=None, fallback=None):
+    """The model's configuration, each field from the last of these that names it.
 
-    tokenizer: None if it is not known yet.
+    fallback: LMConfig fields for weights that come without any. metadata: what came with the weights (`read_metadata`).
+    sizes: fields that were asked for. tokenizer, encoder: what they decide; None while they are not known.
     """
-    notes, found = read_notes(path), sizes_of(state)
-    if "vision_width" in found:
-        found["image_tokens"] = notes.get("config", {}).get("image_tokens", config.image_tokens)
-    clip = "it was trained with another CLIP, which --vision_path should name"
+    fields = {**(fallback or {}), **metadata.get("config", {}), **(sizes or {})}
+    if tokenizer is not None:
+        fields |= tokenizer_fields(tokenizer)
+    if encoder is not None:
+        fields |= {"vision_width": encoder.vision_width, "image_tokens": encoder.image_tokens}
+    return LMConfig(**fields)
+
+
+def check_fits(path, state, metadata, config, tokenizer=None, encoder=None):
+    """BadInput names the first thing in which a file differs from the model that is expected, and the likely cause.
+
+    tokenizer, encoder: None if they are not known yet.
+    """
+    found = sizes_of(state)
+    clip = "it was trained with another CLIP: pass that one with --vision_path"
     hints = {
-        "vocab_size": "it was trained with another tokenizer, which --tokenizer_path should name",
+        "vocab_size": "it was trained with another tokenizer: pass that one with --tokenizer_path",
         "vision_width": clip,
         "image_tokens": clip,
     }
+    if "vision_width" in found:
+        found["image_tokens"] = metadata.get("config", {}).get("image_tokens", config.image_tokens)
     for name, value in found.items():
         if value != getattr(config, name):
             hint = hints.get(name, f"use --{name} {value}, or other weights")
-            raise BadInput(f"{path} has {name} {value}, and {getattr(config, name)} is wanted: {hint}")
-    if tokenizer is not None and notes.get("tokenizer", tokenizer_hash(tokenizer)) != tokenizer_hash(tokenizer):
+            raise BadInput(f"{path} has {name} {value}, expected {getattr(config, name)}: {hint}")
+    if tokenizer is not None and metadata.get("tokenizer", tokenizer_hash(tokenizer)) != tokenizer_hash(tokenizer):
         raise BadInput(
-            f"{path} was trained with another tokenizer of the same size, which --tokenizer_path should name"
+            f"{path} was trained with another tokenizer of the same size: pass that one with --tokenizer_path"
         )
+    # a language model alone has not seen any CLIP
+    knows_clip = "vision_width" in found and encoder is not None and "encoder" in metadata
+    if knows_clip and metadata["encoder"] != encoder_hash(encoder):
+        raise BadInput(f"{path} was trained with another CLIP of the same size: pass that one with --vision_path")
 
 
-def load_vlm(path, config: LMConfig, tokenizer, allow_missing_projector=False):
+def load_vlm(path, config: LMConfig, tokenizer, encoder=None, metadata=None, allow_missing_projector=False):
     """A `MiniMindVLM` in float32 with the weights of a .pth file or a transformers folder, and a line about what was loaded.
 
-    A projector bias in the file turns `config.vision_bias` on. Everything else must fit exactly; only the projector may be
-    missing, and only where the stage starts from a language model. BadInput names the first difference.
+    metadata: what `read_metadata` found, if it was called already. The model has a projector bias where the file has one.
+    Everything else must fit exactly; only the projector may be missing, and only where the stage starts from a language
+    model. BadInput names the first difference.
     """
+    if metadata is None:
+        metadata = read_metadata(path)
     state = read_weights(path)
-    check_fits(path, state, config, tokenizer)
+    check_fits(path, state, metadata, config, tokenizer, encoder)
     has_projector = f"{PROJECTOR}vision_proj.0.weight" in state
     if not has_projector and not allow_missing_projector:
         raise BadInput(f"{path} holds a language model without a vision projector: run 1-pretrain_vlm.py on it first")
+    config = copy.deepcopy(config)  # the caller's stays as it is
     config.vision_bias = f"{PROJECTOR}vision_proj.0.bias" in state
     model = MiniMindVLM(config)
+
+    # the file's names and shapes must be the model's
     expected = {name: tensor for name, tensor in model.state_dict().items() if has_projector or PROJECTOR not in name}
-    missing, unexpected = ([name for name in a if name not in b] for a, b in ((expected, state), (state, expected)))
+    missing = [name for name in expected if name not in state]
+    unexpected = [name for name in state if name not in expected]
     if missing or unexpected:
         what = f"lacks {missing[0]}" if missing else f"has {unexpected[0]}, which this model does not"
         raise BadInput(
-            f"{path} {what} ({len(missing)} missing, {len(unexpected)} unexpected tensors): it is not whole, or not a MiniMind v1"
+            f"{path} {what} ({len(missing)} missing, {len(unexpected)} unexpected tensors): it is incomplete, or not a "
+            "MiniMind v1"
         )
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
-            shapes = f"{tuple(tensor.shape)}, the model wants {tuple(expected[name].shape)}"
+            shapes = f"{tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
             raise BadInput(f"{path}: {name} is {shapes}: check --n_heads and --n_kv_heads")
     model.load_state_dict(state, strict=False)  # only the projector can be missing by now
     return model, describe(path, state)
@@ -196,32 +232,82 @@ def describe(path, state):
     return f"loaded {path}: {megabytes:.1f} MB, {parameters:,} parameters of {parts}"
 
 
-def tokenizer_warning(path, tokenizer):
-    """A sentence where nothing tells that the weights were trained with this tokenizer; None where all is well."""
-    if "tokenizer" in read_notes(path) or tokenizer_hash(tokenizer) == PUBLISHED_TOKENIZER:
+def tokenizer_warning(path, metadata, tokenizer):
+    """A sentence if nothing says that the weights were trained with this tokenizer, else None."""
+    if "tokenizer" in metadata or tokenizer_hash(tokenizer) == PUBLISHED_TOKENIZER:
         return None
     return (
         f"warning: {path} does not say which tokenizer it was trained with, and this one is not the published "
-        "minimind_tokenizer: should answers be garbled, look there first"
+        "minimind_tokenizer: if answers are garbled, check this first"
     )
+
+
+class Parts(NamedTuple):
+    """All that training and answering need of a model.
+
+    metadata: what came with the weights. summary: what was loaded, and a warning if there is one; empty for random weights.
+    """
+
+    model: MiniMindVLM
+    encoder: VisionEncoder
+    tokenizer: PreTrainedTokenizerFast
+    metadata: dict
+    summary: str
+
+
+def load_parts(
+    weights,
+    vision_path,
+    tokenizer_path,
+    device="cpu",
+    dtype=torch.float32,
+    *,
+    sizes=None,
+    fallback=None,
+    metadata=None,
+    allow_missing_projector=False,
+    seed=None,
+):
+    """Loads tokenizer, CLIP and model, and makes sure that they belong together. BadInput says what is missing or differs.
+
+    weights: a .pth file, a transformers folder, or None for random weights, drawn from `seed`.
+    device, dtype: the CLIP's; the model comes on the CPU in float32.
+    sizes, fallback: LMConfig fields that must hold, or that are used for weights without a config (`build_config`).
+    metadata: in place of what comes with the weights; a resumed run has its own.
+    """
+    tokenizer = load_tokenizer(tokenizer_path)
+    encoder = load_vision(vision_path, device, dtype)
+    if metadata is None:
+        metadata = read_metadata(weights) if weights else {}
+    config = build_config(metadata, tokenizer, encoder, sizes, fallback)
+
+    # random tensors, of the projector or of everything, depend on the seed alone
+    if seed is not None:
+        torch.manual_seed(seed)
+    if not weights:
+        return Parts(MiniMindVLM(config), encoder, tokenizer, metadata, "")
+    model, summary = load_vlm(weights, config, tokenizer, encoder, metadata, allow_missing_projector)
+    warning = tokenizer_warning(weights, metadata, tokenizer)
+    return Parts(model, encoder, tokenizer, metadata, f"{summary}\n{warning}" if warning else summary)
 
 
 # --- weights out ----------------------------------------------------------------------------------------------------
 
 
-def save_weights(path, model, tokenizer, **notes):
-    """Writes the weights under their published names, and `notes` in a .json beside them. Neither is ever half written."""
-    write_weights(path, dict(model.state_dict()), {**notes, **origin(model.config, tokenizer)})
+def save_weights(path, model, tokenizer, encoder=None, **metadata):
+    """Writes the weights under their published names, and `metadata` in a .json beside them. Neither is ever half written."""
+    write_weights(path, dict(model.state_dict()), {**metadata, **provenance(model.config, tokenizer, encoder)})
 
 
-def origin(config, tokenizer):
-    """The notes by which weights are later known to fit a model and its tokenizer."""
-    return {"tokenizer": tokenizer_hash(tokenizer), "config": json.loads(config.to_json_string())}
+def provenance(config, tokenizer, encoder=None):
+    """Metadata that later proves that weights fit a model, a tokenizer and a CLIP; none for a language model alone."""
+    known = {"tokenizer": tokenizer_hash(tokenizer), "config": json.loads(config.to_json_string())}
+    return known if encoder is None else {"encoder": encoder_hash(encoder), **known}
 
 
-def write_weights(path, state, notes):
-    """Named tensors and what is to be known of them, as `save_weights` does."""
+def write_weights(path, state, metadata):
+    """Writes named tensors, and what is known about them, as `save_weights` does."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path.with_suffix(".json"), notes)  # first, so that no weights are ever without
+    write_json(path.with_suffix(".json"), metadata)  # first: weights never exist without their metadata
     replace_file(path, lambda f: torch.save(state, f))

@@ -26,14 +26,13 @@ from tqdm import tqdm
 from dataset.records import coco_prefix, parse_record, read_records
 
 from .arguments import MAX_BAD_FRACTION, add_model_arguments, model_sizes, parse_with_demo
-from .checkpoint import PUBLISHED_TOKENIZER, load_tokenizer, load_vlm, read_notes, tokenizer_hash, weights_name
-from .conversation import tokenizer_fields
+from .checkpoint import PUBLISHED_TOKENIZER, build_config, load_tokenizer, load_vlm, read_metadata, tokenizer_hash
 from .errors import BadInput, BadRecord, run_script
 from .files import weights_in
 from .images import read_pixels
 from .LMConfig import LMConfig
 from .model_vlm import MiniMindVLM
-from .stages import DATA, DEMO_DATA, DEMO_LLM, DEMO_MODEL, SCRIPTS
+from .stages import DEMO_LLM, DEMO_MODEL, STAGES, answering_stage, weights_path
 from .vision_utils import load_vision
 
 SAMPLE = 20  # records that are looked at besides the first and the last
@@ -124,21 +123,27 @@ def device_facts(device):
 
 
 class Doctor:
-    """Looks at one thing after the other and prints what it finds; `marks` keeps how each of them is.
+    """Looks at one thing after the other and prints what it finds; `marks` keeps the state of each.
 
-    config: the model that is to be trained, the published one in what a tokenizer or a CLIP that is not there leaves open.
+    tokenizer, encoder: None until they are found to be good.
     """
 
     def __init__(self, args):
+        build_config({}, None, None, sizes=model_sizes(args))  # refuses flags that fit no model
         self.args, self.marks = args, {}
-        self.config, self.tokenizer = LMConfig(**model_sizes(args)), None
-        out = Path(args.out_dir)
-        self.weights = {"llm": Path(DEMO_LLM) if args.demo else out / weights_name(args, "llm")}
-        self.makers = {script.makes: self.command(name) for name, script in SCRIPTS.items() if script.makes}
-        self.weights |= {stage: out / weights_name(args, stage) for stage in self.makers}
+        self.tokenizer = self.encoder = None
+        self.makers = {stage.writes: self.command(stage.command) for stage in STAGES.values()}
+        self.weights = {name: weights_path(args.out_dir, args, name) for name in ("llm", *self.makers)}
+        if args.demo:
+            self.weights["llm"] = Path(DEMO_LLM)
 
-    def command(self, script):
-        return f"{script} --demo" if self.args.demo else script
+    @property
+    def config(self):
+        """The model that is to be trained; the published one in what a missing tokenizer or CLIP would decide."""
+        return build_config({}, self.tokenizer, self.encoder, sizes=model_sizes(self.args))
+
+    def command(self, command):
+        return f"{command} --demo" if self.args.demo else command
 
     def tell(self, mark, what, place, says):
         """Prints a finding: ok, missing or wrong; where; and what more is known, or what to do."""
@@ -164,29 +169,28 @@ class Doctor:
             self.tell("wrong", what, place, problem)
 
     def check_clip(self):
-        encoder = load_vision(self.args.vision_path)
-        self.config.update({"vision_width": encoder.vision_width, "image_tokens": encoder.image_tokens})
+        self.encoder = encoder = load_vision(self.args.vision_path)
         size = encoder.image_size
         return f"{encoder.image_tokens} tokens, {encoder.vision_width} wide, for a picture of {size}x{size}"
 
     def check_tokenizer(self):
         """The published one is right, and any with which weights here say that they were trained."""
         self.tokenizer = load_tokenizer(self.args.tokenizer_path)
-        self.config.update(tokenizer_fields(self.tokenizer))
         kind, count = tokenizer_hash(self.tokenizer), f"{len(self.tokenizer):,} tokens"
         if kind == PUBLISHED_TOKENIZER:
             return f"{count}, the published one"
         for file in self.weights.values():
-            if read_notes(file).get("tokenizer") == kind:
+            if read_metadata(file).get("tokenizer") == kind:
                 return f"{count}, those with which {file} was trained"
         raise BadInput(
             f"it is not the published minimind_tokenizer ({unlike_published(self.tokenizer)}), and no weights here say "
             "that they were trained with it: take the one of the first MiniMind-V"
         )
 
-    def check_weights(self, stage):
-        _, loaded = load_vlm(self.weights[stage], self.config, self.tokenizer, allow_missing_projector=stage == "llm")
-        return loaded.rpartition(", ")[2]
+    def check_weights(self, name):
+        parts = self.config, self.tokenizer, self.encoder
+        _, summary = load_vlm(self.weights[name], *parts, allow_missing_projector=name == "llm")
+        return summary.rpartition(", ")[2]
 
     def look_at_models(self):
         clip, tokenizer = Path(self.args.vision_path), Path(self.args.tokenizer_path)
@@ -194,26 +198,26 @@ class Doctor:
         self.look_at_file("CLIP", weights_in(clip), get, self.check_clip)
         get = f"copy model/minimind_tokenizer of the first MiniMind-V into {tokenizer}"
         self.look_at_file("tokenizer", tokenizer / "tokenizer.json", get, self.check_tokenizer)
-        for stage, file in self.weights.items():
+        for name, file in self.weights.items():
             get = "copy the published one there, or do without: 1-pretrain_vlm.py --from_scratch"
-            if stage in self.makers:
-                get = f"{self.makers[stage]} makes it" + ("" if self.args.demo else ", or copy the published one there")
-            self.look_at_file(file.name, file, get, partial(self.check_weights, stage))
+            if name in self.makers:
+                get = f"{self.makers[name]} makes it" + ("" if self.args.demo else ", or copy the published one there")
+            self.look_at_file(file.name, file, get, partial(self.check_weights, name))
 
-    def look_at_data(self, stage):
+    def look_at_data(self, name, stage):
         """The records and the pictures that a stage reads, a few of each."""
-        places = (DEMO_DATA if self.args.demo else DATA)[stage]
-        file, folder = Path(places["data_path"]), Path(places["images_path"])
+        defaults = stage.demo if self.args.demo else stage.defaults
+        file, folder = Path(defaults["data_path"]), Path(defaults["images_path"])
         get = "get the data of the first MiniMind-V, as dataset/README.md says"
         if self.args.demo:
             get = f"delete {file.parent}, and the scripts draw it again"
             if not (file.parent / "world.json").exists():
                 for what, place in (("records", file), ("pictures", folder)):
-                    self.tell("ok", f"{stage} {what}", place, "will be drawn by the first script that is run")
+                    self.tell("ok", f"{name} {what}", place, "will be drawn by the first script that is run")
                 return
         names = []  # of the pictures of each record that is looked at
-        self.look_at_file(f"{stage} records", file, get, partial(self.check_records, file, names))
-        self.look_at_pictures(f"{stage} pictures", folder, names, get)
+        self.look_at_file(f"{name} records", file, get, partial(self.check_records, file, names))
+        self.look_at_pictures(f"{name} pictures", folder, names, get)
 
     def check_records(self, file, names):
         count, sample = sample_of(file)
@@ -246,7 +250,7 @@ class Doctor:
 
     def look_at_machine(self):
         other = list(other_packages())
-        says = f"{'; '.join(other)}: pip install -r requirements.txt" if other else "the versions that are wanted"
+        says = f"{'; '.join(other)}: pip install -r requirements.txt" if other else "the versions of requirements.txt"
         self.tell("wrong" if other else "ok", "packages", "requirements.txt", says)
         try:
             self.tell("ok", "device", self.args.device, device_facts(self.args.device))
@@ -263,31 +267,33 @@ class Doctor:
         if free < wanted:
             says += ": make room, or name another --out_dir"
         if not writable:
-            says = f"{folder} is no folder that can be written to: name another --out_dir"
+            says = f"{folder} is not a writable folder: name another --out_dir"
         self.tell("ok" if writable and free >= wanted else "wrong", "disk", self.args.out_dir, says)
 
-    def ready(self, name):
-        """Prints whether a script can be run, and returns that.
+    def ready(self, command, weights, data=()):
+        """Prints whether a script can be run, and returns that. weights: their name; data: what it needs besides.
 
-        Other versions of packages are no hindrance: what it imports has been imported here.
+        Other versions of packages don't matter: what the script imports has been imported here.
         """
-        script = SCRIPTS[name]
-        needed = ["CLIP", "tokenizer", self.weights[script.weights].name, "device"]
-        if script.data:
-            needed += [f"{script.data} records", f"{script.data} pictures", "disk"]
+        needed = ["CLIP", "tokenizer", self.weights[weights].name, "device", *data]
         lacking = [f"{what} {self.marks[what]}" for what in needed if self.marks[what] != "ok"]
-        print(f"not ready: {self.command(name)} ({', '.join(lacking)})" if lacking else f"ready: {self.command(name)}")
+        reason = f" ({', '.join(lacking)})" if lacking else ""
+        print(f"{'not ready' if lacking else 'ready'}: {self.command(command)}{reason}")
         return not lacking
 
     def examine(self):
         """Everything; True if the first stage can be run."""
         self.look_at_models()
-        for stage in DATA:
-            self.look_at_data(stage)
+        for name, stage in STAGES.items():
+            self.look_at_data(name, stage)
         self.look_at_machine()
         print()
-        first, *_ = [self.ready(name) for name in SCRIPTS]
-        return first
+        verdicts = [
+            self.ready(stage.command, stage.starts_from, (f"{name} records", f"{name} pictures", "disk"))
+            for name, stage in STAGES.items()
+        ]
+        self.ready("3-eval_chat.py", answering_stage(multi=False).writes)
+        return verdicts[0]
 
 
 def main():

@@ -14,25 +14,23 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from .arguments import parse_with_demo
+from .arguments import add_path_arguments, parse_with_demo
 from .checkpoint import (
     PROJECTOR,
     TIED,
-    load_tokenizer,
-    load_vlm,
-    origin,
-    read_notes,
+    build_config,
+    load_parts,
+    provenance,
+    read_metadata,
     read_weights,
     sizes_of,
     write_weights,
 )
-from .conversation import tokenizer_fields
 from .errors import BadInput, run_script
 from .files import replace_file, write_json
-from .LMConfig import LMConfig
 from .model_vlm import MiniMindVLM
 from .stages import DEMO_MODEL
-from .vision_utils import VISION, load_vision
+from .vision_utils import VISION
 
 # hf.py and what it imports; they name each other relatively, so that they run in the folder as they are
 CODE = ("errors", "LMConfig", "model", "model_vlm", "conversation", "images", "hf")
@@ -84,18 +82,15 @@ print(processor.decode(answer, skip_special_tokens=True))"""
 
 
 def export(weights, folder, tokenizer_path, vision_path, with_vision):
-    """Writes the folder. vision_path is read for its sizes; its weights go along if `with_vision`."""
-    tokenizer, encoder = load_tokenizer(tokenizer_path), load_vision(vision_path)
-    state, notes = read_weights(weights), read_notes(weights)
-    fields = {**sizes_of(state), **notes.get("config", {}), **tokenizer_fields(tokenizer)}
-    fields |= {"vision_width": encoder.vision_width, "image_tokens": encoder.image_tokens}
-    config = LMConfig(**fields)
-    load_vlm(weights, config, tokenizer)  # refuses what is not whole or does not fit
-    notes = {**notes, **origin(config, tokenizer)}
-    del notes["config"]
+    """Writes the folder. The CLIP in vision_path is read for its sizes, and copied if `with_vision`."""
+    state = read_weights(weights)
+    parts = load_parts(weights, vision_path, tokenizer_path, fallback=sizes_of(state))  # refuses what doesn't fit
+    config, encoder = parts.model.config, parts.encoder
+    metadata = {**parts.metadata, **provenance(config, parts.tokenizer)}
+    del metadata["config"]
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder, state, encoder if with_vision else None)
-    write_config(folder, config, notes, encoder if with_vision else None, state[TIED[0]].dtype)
+    write_config(folder, config, metadata, encoder if with_vision else None, state[TIED[0]].dtype)
     write_json(
         folder / "processor_config.json",
         {
@@ -105,13 +100,15 @@ def export(weights, folder, tokenizer_path, vision_path, with_vision):
             "image_tokens": encoder.image_tokens,
         },
     )
+
+    # the code that transformers runs, and the tokenizer
     for name in CODE:
         shutil.copyfile(Path(__file__).parent / f"{name}.py", folder / f"{name}.py")
     for name in TOKENIZER_FILES:
         if (Path(tokenizer_path) / name).exists():
             shutil.copyfile(Path(tokenizer_path) / name, folder / name)
     clip = "with it in this folder" if with_vision else "not in this folder: set `model.vision_encoder`"
-    (folder / "README.md").write_text(card(folder.name, state, config, notes, clip), encoding="utf-8")
+    (folder / "README.md").write_text(card(folder.name, state, config, metadata, clip), encoding="utf-8")
 
 
 def write_tensors(folder, state, encoder):
@@ -126,26 +123,26 @@ def write_tensors(folder, state, encoder):
     )
 
 
-def write_config(folder, config, notes, encoder, dtype):
-    """`config.json`: every field of LMConfig, how transformers finds the code, and the notes that came with the weights."""
+def write_config(folder, config, metadata, encoder, dtype):
+    """`config.json`: every field of LMConfig, how transformers finds the code, and the metadata that came with the weights."""
     content = {
         **json.loads(config.to_json_string()),
         "architectures": [AUTO_MAP["AutoModelForCausalLM"].split(".")[1]],
         "auto_map": AUTO_MAP,
         "dtype": str(dtype).removeprefix("torch."),
-        "notes": notes,
+        "notes": metadata,
     }
     if encoder:
         content["vision_config"] = encoder.model.config.to_diff_dict()
     write_json(folder / "config.json", content)
 
 
-def card(name, state, config, notes, clip):
+def card(name, state, config, metadata, clip):
     """The folder's README.md."""
     shown = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len", "use_moe", "vision_width")
     stages = [
         f"{number}. " + ", ".join(f"{field} {value}" for field, value in stage.items())
-        for number, stage in enumerate(notes.get("training", []), 1)
+        for number, stage in enumerate(metadata.get("training", []), 1)
     ]
     return CARD.format(
         name=name,
@@ -159,19 +156,21 @@ def card(name, state, config, notes, clip):
 
 
 def reverse(folder, weights):
-    """Writes the .pth file, and what the folder knows of it beside it. CLIP stays behind."""
+    """Writes the .pth file, and the folder's metadata beside it. CLIP stays in the folder."""
     if not folder.is_dir():
         raise BadInput(f"{folder} is not a folder: name the transformers folder first, then the .pth file to write")
-    state, notes = read_weights(folder), read_notes(folder)
+    state, metadata = read_weights(folder), read_metadata(folder)
     bias = f"{PROJECTOR}vision_proj.0.bias" in state
-    config = LMConfig(**{**notes.get("config", {}), **sizes_of(state), "vision_bias": bias})
+    config = build_config(metadata, None, None, sizes={**sizes_of(state), "vision_bias": bias})
     with torch.device("meta"):
         order = MiniMindVLM(config).state_dict().keys()
     odd = sorted(order ^ state.keys())
     if odd:
-        raise BadInput(f"{folder} does not fit its config.json: {len(odd)} tensors lack or are too many, as {odd[0]}")
-    notes["config"] = json.loads(config.to_json_string())
-    write_weights(weights, {name: state[name] for name in order}, notes)
+        raise BadInput(
+            f"{folder} does not fit its config.json: {len(odd)} tensors are missing or unexpected, e.g. {odd[0]}"
+        )
+    metadata["config"] = json.loads(config.to_json_string())
+    write_weights(weights, {name: state[name] for name in order}, metadata)
 
 
 def main():
@@ -180,8 +179,7 @@ def main():
     parser.add_argument("target", type=Path, help="the folder to write; with --reverse, the .pth file")
     parser.add_argument("--with_vision", action="store_true", help="put the vision half of CLIP into the folder")
     parser.add_argument("--reverse", action="store_true", help="from a folder back to a .pth file")
-    parser.add_argument("--tokenizer_path", default="model/minimind_tokenizer", help="folder of the tokenizer")
-    parser.add_argument("--vision_path", default="model/clip_model/clip-vit-base-patch32", help="folder of the CLIP")
+    add_path_arguments(parser)
     args = parse_with_demo(parser, {name: DEMO_MODEL[name] for name in ("tokenizer_path", "vision_path")})
     if not args.reverse and args.target.suffix == ".pth":
         raise BadInput(f"{args.target} would become a folder: to write the .pth file of a folder, add --reverse")

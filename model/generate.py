@@ -97,7 +97,7 @@ class Answer:
                 self.finish_reason = "cancelled"
                 return
             if length == self.prompt_tokens:
-                logits = decoder.prompt(self.ids[:, :length], chat.see(self.pixels))
+                logits = decoder.prompt(self.ids[:, :length], chat.encode_images(self.pixels))
             else:
                 logits = decoder.step(self.ids[:, length - 1 : length])
             self.ids[:, length] = self.choose(self.steps(self.ids[:, :length], logits.float()))

@@ -23,7 +23,7 @@ def score(chat, data_path, images_path, seed=0):
         turns, images = parse_record(record, f"{data_path}, record {number}", chat.config.image_special_token)
         kinds.append(record.get("kind", "question"))
         asked = 2 if turns[0][0] == "system" else 1
-        questions.append(chat.prompt(turns[:asked])[0].tolist())
+        questions.append(chat.encode_prompt(turns[:asked])[0].tolist())
         wanted.append(turns[asked][1])
         names.append(tuple(images))
     sets = list(dict.fromkeys(names))
@@ -32,7 +32,7 @@ def score(chat, data_path, images_path, seed=0):
     seen = {}
     for begin in range(0, len(sets), 32):
         part = sets[begin : begin + 32]
-        features = chat.see([Path(images_path) / name for one in part for name in one])
+        features = chat.encode_images([Path(images_path) / name for one in part for name in one])
         seen.update(zip(part, features.split(len(sets[0])), strict=True))
     shuffled = sets[:]
     random.Random(seed).shuffle(shuffled)

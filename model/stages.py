@@ -1,8 +1,9 @@
-"""The stages: what each of them reads, starts from and makes, and what the demo puts in its place."""
+"""The stages of training: what each of them starts from, reads and writes. Scripts, doctor and README all follow this table."""
 
+from pathlib import Path
 from typing import NamedTuple
 
-# the demo's preset of the arguments that training and chatting share
+# the embedded demo's defaults for flags that training and answering share
 DEMO_MODEL = {
     "dim": 192,
     "n_layers": 4,
@@ -12,29 +13,70 @@ DEMO_MODEL = {
     "tokenizer_path": "model/demo",
     "images_path": "dataset/demo_world/images",
 }
-DEMO_LLM = "model/demo/192_llm.pth"  # what its first stage starts from
-# what each stage reads, unless told otherwise
-DATA = {
-    "pretrain": {"data_path": "dataset/pretrain_vlm_data.json", "images_path": "dataset/pretrain_images"},
-    "sft": {"data_path": "dataset/sft_vlm_data.json", "images_path": "dataset/sft_images"},
-    "sft_multi": {"data_path": "dataset/sft_multi_vlm_data.json", "images_path": "dataset/sft_multi_images"},
+DEMO_LLM = "model/demo/192_llm.pth"
+# of training
+DEMO_TRAINING = {"cache_features": True, "learning_rate": 1e-3, "warmup_iters": 20}
+
+
+class Stage(NamedTuple):
+    """One stage of training. Weights are named in `out_dir`, as in 512_vlm_sft.pth or 768_moe_vlm_sft.pth."""
+
+    command: str  # what a person types
+    title: str  # of its runs in Weights & Biases
+    starts_from: str  # {dim}[_moe]_{starts_from}.pth
+    writes: str  # {dim}[_moe]_{writes}.pth
+    data_path: str
+    images_path: str
+    learning_rate: float
+    demo: dict  # the demo's defaults for this stage's flags
+
+    @property
+    def defaults(self):
+        """Defaults of the training flags that differ from stage to stage."""
+        return {name: getattr(self, name) for name in ("data_path", "images_path", "learning_rate")}
+
+
+STAGES = {
+    "pretrain": Stage(
+        command="1-pretrain_vlm.py",
+        title="Pretrain",
+        starts_from="llm",
+        writes="vlm_pretrain",
+        data_path="dataset/pretrain_vlm_data.json",
+        images_path="dataset/pretrain_images",
+        learning_rate=4e-4,
+        demo={**DEMO_MODEL, **DEMO_TRAINING, "data_path": "dataset/demo_world/pretrain.json", "from_weights": DEMO_LLM}
+        | {"epochs": 4, "batch_size": 32},
+    ),
+    "sft": Stage(
+        command="2-sft_vlm.py",
+        title="SFT",
+        starts_from="vlm_pretrain",
+        writes="vlm_sft",
+        data_path="dataset/sft_vlm_data.json",
+        images_path="dataset/sft_images",
+        learning_rate=1e-6,
+        demo={**DEMO_MODEL, **DEMO_TRAINING, "data_path": "dataset/demo_world/sft.json", "epochs": 3, "batch_size": 16},
+    ),
+    "sft_multi": Stage(
+        command="2-sft_vlm.py --multi",
+        title="SFT",
+        starts_from="vlm_sft",
+        writes="vlm_sft_multi",
+        data_path="dataset/sft_multi_vlm_data.json",
+        images_path="dataset/sft_multi_images",
+        learning_rate=1e-6,
+        demo={**DEMO_MODEL, **DEMO_TRAINING, "data_path": "dataset/demo_world/sft_multi.json"}
+        | {"epochs": 6, "batch_size": 16},
+    ),
 }
-DEMO_DATA = {
-    stage: {"data_path": f"dataset/demo_world/{stage}.json", "images_path": DEMO_MODEL["images_path"]} for stage in DATA
-}
 
 
-class Script(NamedTuple):
-    """What a script starts from, reads and makes, by the names of stages."""
-
-    weights: str
-    data: str | None = None
-    makes: str | None = None
+def answering_stage(multi):
+    """The stage whose weights answer questions: about one picture, or about several."""
+    return STAGES["sft_multi" if multi else "sft"]
 
 
-SCRIPTS = {
-    "1-pretrain_vlm.py": Script("llm", "pretrain", "vlm_pretrain"),
-    "2-sft_vlm.py": Script("vlm_pretrain", "sft", "vlm_sft"),
-    "2-sft_vlm.py --multi": Script("vlm_sft", "sft_multi", "vlm_sft_multi"),
-    "3-eval_chat.py": Script("vlm_sft"),
-}
+def weights_path(out_dir, config_or_args, name):
+    """Where weights of that name lie, as in out/512_moe_vlm_sft.pth; takes anything with `dim` and `use_moe`."""
+    return Path(out_dir) / f"{config_or_args.dim}{'_moe' if config_or_args.use_moe else ''}_{name}.pth"

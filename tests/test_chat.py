@@ -27,13 +27,13 @@ def test_sizes_come_with_the_weights(chat):
 
 
 def ids_of(chat, text, pictures):
-    return chat.prompt(as_conversation(text, len(pictures), chat.config))
+    return chat.encode_prompt(as_conversation(text, len(pictures), chat.config))
 
 
 def generate(chat, text, pictures, **options):
     """The same question put to transformers' own `generate`: the new token ids."""
     input_ids = ids_of(chat, text, pictures)
-    output = chat.model.generate(input_ids, image_features=chat.see(pictures), **options)
+    output = chat.model.generate(input_ids, image_features=chat.encode_images(pictures), **options)
     return [token for token in output[0, input_ids.shape[1] :].tolist() if token != chat.config.eos_token_id]
 
 
@@ -44,7 +44,7 @@ def test_streamed_answer_is_the_batched_one(chat, pictures):
         for text, path in zip(asked, pictures, strict=False)
     ]
     prompts = [ids_of(chat, text, [path])[0].tolist() for text, path in zip(asked, pictures, strict=False)]
-    batched = chat.answer_all(prompts, [chat.see([path]) for path in pictures[:3]], max_new_tokens=20)
+    batched = chat.answer_all(prompts, [chat.encode_images([path]) for path in pictures[:3]], max_new_tokens=20)
     assert streamed == batched and all(streamed)
 
 
@@ -186,7 +186,7 @@ def test_attention_is_that_of_the_softmax(chat, pictures):
         seen.append(scores.softmax(dim=-1))
         return seen[-1] @ v
 
-    features, prompt = chat.see(pictures[:2]), chat.prompt(turns)
+    features, prompt = chat.encode_images(pictures[:2]), chat.encode_prompt(turns)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr("model.model.F.scaled_dot_product_attention", attend)
         chat.model(torch.cat([prompt, torch.tensor([answer.token_ids])], dim=1), features)
@@ -200,7 +200,7 @@ def test_int8_is_close_and_smaller(chat, weights, tiny_clip, pictures):
     small = Chat(weights, tiny_clip, ROOT / "model" / "demo", int8=True)
     prompt = ids_of(chat, "颜色？", pictures[:1])
     with torch.no_grad():
-        exact, rounded = (one.model(prompt, one.see(pictures[:1])).logits for one in (chat, small))
+        exact, rounded = (one.model(prompt, one.encode_images(pictures[:1])).logits for one in (chat, small))
     assert F.cosine_similarity(exact.flatten(), rounded.flatten(), dim=0) > 0.98
     assert not torch.equal(exact, rounded)
     sizes = [sum(p.numel() for n, p in one.model.named_parameters() if "embed" not in n) for one in (chat, small)]
@@ -258,11 +258,11 @@ def test_score_keeps_the_system_turn_and_compares_no_picture_with_itself(chat, p
 @torch.inference_mode()
 def test_a_step_of_fixed_shapes_scores_as_one_that_grows(chat, pictures):
     """What a GPU captures as a graph, here without one: two questions of different length, padded on the left."""
-    prompts = [chat.prompt(as_conversation(text, 1, chat.config))[0] for text in ("?", "左上角是什么颜色?")]
+    prompts = [chat.encode_prompt(as_conversation(text, 1, chat.config))[0] for text in ("?", "左上角是什么颜色?")]
     width = max(len(ids) for ids in prompts)
     input_ids = torch.stack([F.pad(ids, (width - len(ids), 0)) for ids in prompts])
     mask = torch.stack([F.pad(torch.ones_like(ids), (width - len(ids), 0)) for ids in prompts])
-    features = chat.see(pictures[:2])
+    features = chat.encode_images(pictures[:2])
     growing, fixed = Decoder(chat.model, 2, 128), GraphDecoder(chat.model, 2, 128)
     for decoder in (growing, fixed, fixed):  # the second time over what the first left behind
         scores = [decoder.prompt(input_ids, features, mask)]

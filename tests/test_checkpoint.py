@@ -11,12 +11,24 @@ import safetensors.torch
 import torch
 from helpers import ROOT, feature, formula_file, formula_state, golden_model, run_python, save_random_vlm
 from published import forward
+from transformers import CLIPVisionModel
 
 from model.chat import Chat
-from model.checkpoint import load_tokenizer, load_vlm, save_weights, tokenizer_hash
+from model.checkpoint import (
+    build_config,
+    encoder_hash,
+    load_parts,
+    load_tokenizer,
+    load_vlm,
+    read_metadata,
+    save_weights,
+    tokenizer_hash,
+)
 from model.conversation import tokenizer_fields
 from model.errors import BadInput
 from model.LMConfig import LMConfig
+from model.model_vlm import MiniMindVLM
+from model.vision_utils import VisionEncoder, load_vision
 
 SIZES = {
     "512+8": dict(dim=512, n_layers=8),
@@ -116,7 +128,7 @@ def test_the_published_folder_loads_without_running_its_code(tmp_path, tiny_clip
     chat = Chat(folder, tiny_clip, "nowhere")
     assert (chat.config.dim, chat.config.n_layers, chat.config.max_seq_len) == (64, 2, 8192)
     assert torch.equal(chat.model.output.weight, state["output.weight"])
-    assert "does not say which tokenizer" in chat.loaded and not (tmp_path / "ran").exists()
+    assert "does not say which tokenizer" in chat.summary and not (tmp_path / "ran").exists()
 
 
 class Evil:
@@ -134,28 +146,28 @@ def test_refusals_name_the_first_difference_and_its_cause(tmp_path, tokenizer):
             load_vlm(path, LMConfig(**fields), tokenizer)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
-    refused("has dim 64, and 128 is wanted: use --dim 64, or other weights", dim=128)
-    refused("has n_layers 2, and 3 is wanted: use --n_layers 2", n_layers=3)
-    refused("has use_moe False, and True is wanted: use --use_moe False", use_moe=True)
-    refused("vocab_size 6400, and 476 is wanted: it was trained with another tokenizer", tokenizer=tokenizer)
-    refused("vision_width 768, and 1024 is wanted: it was trained with another CLIP", vision_width=1024)
-    refused(r"layers.0.attention.wk.weight is \(32, 64\), the model wants \(64, 64\): check --n_heads", n_kv_heads=4)
+    refused("has dim 64, expected 128: use --dim 64, or other weights", dim=128)
+    refused("has n_layers 2, expected 3: use --n_layers 2", n_layers=3)
+    refused("has use_moe False, expected True: use --use_moe False", use_moe=True)
+    refused("vocab_size 6400, expected 476: it was trained with another tokenizer", tokenizer=tokenizer)
+    refused("vision_width 768, expected 1024: it was trained with another CLIP", vision_width=1024)
+    refused(r"layers.0.attention.wk.weight is \(32, 64\), expected \(64, 64\): check --n_heads", n_kv_heads=4)
 
     llm = formula_file(tmp_path / "64_llm.pth", projector=False, **tiny)
     refused("without a vision projector: run 1-pretrain_vlm.py", path=llm)
     broken = tmp_path / "broken.pth"
     broken.write_bytes(path.read_bytes()[:50_000])
-    refused("is not a whole file of weights", path=broken)
+    refused("is truncated, or not a file of weights", path=broken)
     broken.write_bytes(b"<html>404</html>")
-    refused("is not a whole file of weights", path=broken)
+    refused("is truncated, or not a file of weights", path=broken)
     broken.write_bytes(b"")
-    refused("is not a whole file of weights", path=broken)
+    refused("is truncated, or not a file of weights", path=broken)
     broken.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 109123456\n")
     refused("is a Git LFS pointer and not yet the file: run `git lfs pull`", path=broken)
     torch.save({"weights": [1, 2, 3]}, broken)
     refused("is not a file of weights: expected named tensors", path=broken)
     torch.save({"fc.weight": torch.zeros(3)}, broken)
-    refused("holds no MiniMind: it has no tok_embeddings.weight, but fc.weight", path=broken)
+    refused("is not a MiniMind: it has no tok_embeddings.weight, but fc.weight", path=broken)
     state = torch.load(path)
     torch.save({name: t for name, t in state.items() if name != "layers.1.ffn_norm.weight"}, broken)
     refused(r"lacks layers.1.ffn_norm.weight \(1 missing, 0 unexpected", path=broken)
@@ -163,7 +175,7 @@ def test_refusals_name_the_first_difference_and_its_cause(tmp_path, tokenizer):
     refused("has layers.1.extra, which this model does not", path=broken)
     for evil in (lambda f: torch.save({"a": Evil()}, f), lambda f: f.write_bytes(pickle.dumps(Evil(), 2))):
         evil(broken)
-        refused("holds more than tensors, and to load it would run code: refused", path=broken)
+        refused("contains pickled code, not only tensors: refusing to load it", path=broken)
     assert not (ROOT / "ran").exists() and not os.path.exists("ran")
     path.with_suffix(".json").write_text('{"config": {"dim"')
     with pytest.raises(BadInput, match=r"64_vlm_sft.json is not a whole JSON object: copy or download it again"):
@@ -172,7 +184,7 @@ def test_refusals_name_the_first_difference_and_its_cause(tmp_path, tokenizer):
     with pytest.raises(BadInput, match="model.safetensors not found"):
         load_vlm(tmp_path / "folder", LMConfig(**tiny), Published())
     (tmp_path / "folder/model.safetensors.index.json").write_text("{}")
-    with pytest.raises(BadInput, match="index.json names several files of weights, and one is wanted"):
+    with pytest.raises(BadInput, match="index.json is an index of sharded weights"):
         load_vlm(tmp_path / "folder", LMConfig(**tiny), Published())
 
 
@@ -201,7 +213,7 @@ def test_a_tokenizer_without_what_pictures_or_turns_need_is_told(tmp_path, token
 def test_own_files_know_their_tokenizer_and_their_clip(tmp_path, tokenizer, tiny_clip):
     path = save_random_vlm(tmp_path / "64_vlm_sft.pth", tokenizer)
     sizes = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vision_width=48)
-    with pytest.raises(BadInput, match="image_tokens 5, and 17 is wanted: it was trained with another CLIP"):
+    with pytest.raises(BadInput, match="image_tokens 5, expected 17: it was trained with another CLIP"):
         load_vlm(path, LMConfig(**sizes, image_tokens=17, **tokenizer_fields(tokenizer)), tokenizer)
 
     class Twin:  # as many tokens, two of them swapped
@@ -227,3 +239,29 @@ def test_scripts_say_what_they_loaded(tmp_path, tokenizer, tiny_clip):
     sizes = ["--dim", 64, "--n_layers", 2, "--n_heads", 4, "--n_kv_heads", 2, "--max_seq_len", 128]
     code, out, err = run_python("3-eval_chat.py", *flags, "--device", "cpu", *sizes)
     assert code == 0 and f"warning: {path} does not say which tokenizer" in out, err
+
+
+def test_weights_of_another_clip_of_the_same_size_are_refused(tmp_path, tokenizer, tiny_clip):
+    torch.manual_seed(1)
+    config = CLIPVisionModel.from_pretrained(tiny_clip).config
+    CLIPVisionModel(config).save_pretrained(tmp_path / "twin")
+    ours, twin = load_vision(tiny_clip), load_vision(tmp_path / "twin")
+    sizes = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
+    model = MiniMindVLM(build_config({}, tokenizer, ours, sizes))
+    save_weights(tmp_path / "64_vlm_sft.pth", model, tokenizer, ours)
+    paths = {"vision_path": tiny_clip, "tokenizer_path": ROOT / "model" / "demo"}
+    parts = load_parts(tmp_path / "64_vlm_sft.pth", **paths)
+    assert parts.metadata["encoder"] == encoder_hash(ours) and parts.model.config.n_heads == 4
+    with pytest.raises(BadInput, match="trained with another CLIP of the same size: pass that one with --vision_path"):
+        load_parts(tmp_path / "64_vlm_sft.pth", **{**paths, "vision_path": tmp_path / "twin"})
+    # the same CLIP in half precision is the same
+    assert encoder_hash(ours) == encoder_hash(VisionEncoder(ours.model.half())) != encoder_hash(twin)
+
+
+def test_loading_leaves_the_callers_configuration_alone(tmp_path, tokenizer):
+    path = save_random_vlm(tmp_path / "64_vlm_sft.pth", tokenizer)
+    state = torch.load(path)
+    torch.save(state | {"vision_proj.vision_proj.0.bias": torch.zeros(64)}, path)
+    config = build_config(read_metadata(path), tokenizer, None)
+    model, _ = load_vlm(path, config, tokenizer)
+    assert model.config.vision_bias and not config.vision_bias

@@ -85,10 +85,10 @@ def test_an_answer_about_an_animation_equals_one_about_its_frames(chat, pictures
         apart.append(tmp_path / f"{i}.png")
     greedy = {"temperature": 0, "max_new_tokens": 12}
     expected = "".join(chat.stream("动画里有什么变化？", apart, **greedy))
-    assert "".join(chat.stream("动画里有什么变化？", chat.look([animation]), **greedy)) == expected
+    assert "".join(chat.stream("动画里有什么变化？", chat.load_frames([animation]), **greedy)) == expected
     assert "".join(chat.stream("动画里有什么变化？", apart[::-1], **greedy)) != expected
     chat.max_frames = 2
-    assert len(chat.look([animation, *apart])) == 2 + 3
+    assert len(chat.load_frames([animation, *apart])) == 2 + 3
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dataset import convert, demo
 from dataset.dataset import VLMDataset
-from model.checkpoint import read_notes
+from model.checkpoint import read_metadata
 from model.conversation import tokenizer_fields
 from model.errors import BadInput, run_script
 from model.LMConfig import LMConfig
@@ -178,5 +178,5 @@ def test_from_a_folder_of_pictures_to_a_finetuned_model(place, tokenizer, tiny_c
     places = ["--vision_path", tiny_clip, "--tokenizer_path", "model/demo", "--out_dir", place / "mine"]
     code, out, err = run_python("2-sft_vlm.py", "--from_weights", start, *settings, *sizes, *places, "--epochs", 1)
     assert code == 0 and "step 1/1: loss" in out, err
-    training = read_notes(place / "mine" / "64_vlm_sft.pth")["training"]
+    training = read_metadata(place / "mine" / "64_vlm_sft.pth")["training"]
     assert training[-1]["data_path"] == str(place / "my.json") and training[-1]["learning_rate"] == 5e-5

@@ -136,8 +136,8 @@ def test_what_is_there_is_wrong(home, tokenizer):
     for what, says in {
         "CLIP": f"{CLIP}/model.safetensors is a Git LFS pointer and not yet the file: run `git lfs pull` in its folder",
         "tokenizer": "not the published minimind_tokenizer (it has 476 tokens, not 6,400), and no weights here say",
-        "64_llm.pth": "out/64_llm.pth is not a whole file of weights: copy or download it again",
-        "64_vlm_pretrain.pth": "has n_layers 2, and 3 is wanted: use --n_layers 2, or other weights",
+        "64_llm.pth": "out/64_llm.pth is truncated, or not a file of weights: copy or download it again",
+        "64_vlm_pretrain.pth": "has n_layers 2, expected 3: use --n_layers 2, or other weights",
         "64_vlm_sft.pth": "out/64_vlm_sft.pth is a Git LFS pointer and not yet the file: run `git lfs pull` in its folder",
         "pretrain records": "record 47, is not valid JSON",
         "sft records": "is a Git LFS pointer",
@@ -166,7 +166,7 @@ def test_the_demo(tmp_path, world):
     shutil.copytree(world, tmp_path / "dataset/demo_world", ignore=shutil.ignore_patterns("*.jpg"))
     code, found, verdicts = doctor(tmp_path, "--demo", "--device", "cpu", "--dim", 98304)  # of terabytes
     assert "it comes with MiniMind-V: git checkout model/demo" in found["CLIP"][1]
-    assert "192_llm.pth has dim 192, and 98304 is wanted: use --dim 192" in found["192_llm.pth"][1]
+    assert "192_llm.pth has dim 192, expected 98304: use --dim 192" in found["192_llm.pth"][1]
     assert found["pretrain records"][0] == "ok"
     mark, says = found["pretrain pictures"]
     assert mark == "missing" and "or delete dataset/demo_world, and the scripts draw it again" in says
@@ -179,7 +179,7 @@ def test_the_demo(tmp_path, world):
 def test_a_place_that_can_t_be_written_to(tmp_path):
     (tmp_path / "out").write_text("a file")
     _, found, verdicts = doctor(tmp_path, "--device", "cpu")
-    assert found["disk"][0] == "wrong" and "out is no folder that can be written to" in found["disk"][1]
+    assert found["disk"][0] == "wrong" and "out is not a writable folder" in found["disk"][1]
     assert "disk wrong" in verdicts[0]
 
 

@@ -130,10 +130,10 @@ def test_what_can_t_be_exported_is_said_in_one_line(export, weights, tiny_clip, 
     (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:-100])
     for arguments, says in (
         ([llm, tmp_path / "new", *paths], "without a vision projector"),
-        ([wide, tmp_path / "new", *paths], "vision_width 1024, and 48 is wanted"),
+        ([wide, tmp_path / "new", *paths], "vision_width 1024, expected 48"),
         ([tmp_path / "nothing.pth", tmp_path / "new", *paths], "nothing.pth not found"),
         (["--reverse", weights, tmp_path / "new.pth"], "is not a folder"),
-        (["--reverse", broken, tmp_path / "new.pth"], "is not a whole file of weights"),
+        (["--reverse", broken, tmp_path / "new.pth"], "is truncated, or not a file of weights"),
         ([weights, llm, *paths], "64_llm.pth would become a folder: to write the .pth file of a folder, add --reverse"),
         ([weights, tmp_path / "wide.json", *paths], "wide.json could not be written (File exists)"),
     ):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import TORCHRUN, begin, digest, finish, log_lines, losses, run_python, run_whole, until
 
-from model.checkpoint import read_notes, read_weights
+from model.checkpoint import read_metadata, read_weights
 from model.errors import BadInput
 from model.training.trainer import missed, read_state
 
@@ -170,7 +170,7 @@ def test_two_machines_of_which_one_dies_and_comes_back(place, undisturbed):
         assert code == 0, text
     assert sorted(losses(place)) == list(range(1, 19))  # every step once, each of 8 samples
     assert losses(place) == pytest.approx(undisturbed[0], abs=1e-5)
-    assert read_notes(place.out / "64_vlm_pretrain.pth")["training"][-1]["processes"] == 2
+    assert read_metadata(place.out / "64_vlm_pretrain.pth")["training"][-1]["processes"] == 2
 
 
 def wait_for_port(endpoint):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import sys
 
@@ -16,7 +17,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from dataset import demo
 from model.arguments import default_device, pick_dtype
 from model.chat import Chat
-from model.checkpoint import read_notes, read_weights
+from model.checkpoint import read_metadata, read_weights
+from model.stages import STAGES
 from model.training.trainer import learning_rate_at
 
 
@@ -32,7 +34,7 @@ def test_stage_after_stage_to_an_answer(place, tokenizer):
     assert "step 12/12: loss" in out and "64_vlm_pretrain.pth" in out
     losses = [line["loss"] for line in place.log("64_vlm_pretrain")]
     assert len(losses) == 12 and losses[-1] < losses[0]
-    assert read_notes(place.out / "64_vlm_pretrain.pth")["step"] == 12
+    assert read_metadata(place.out / "64_vlm_pretrain.pth")["step"] == 12
 
     code, out, err = place.sft("sft.json", "--learning_rate", 1e-3)
     assert code == 0, err
@@ -68,11 +70,11 @@ def test_a_frozen_language_model_stays_as_it_is(place, tokenizer):
     assert all(torch.equal(before[name], after[name]) for name in before) and len(after) == len(before) + 1
     losses = [line["loss"] for line in place.log("64_vlm_pretrain")]
     assert losses[-1] < losses[0]
-    assert read_notes(place.out / "64_vlm_pretrain.pth")["training"][0]["freeze_llm"] is True
+    assert read_metadata(place.out / "64_vlm_pretrain.pth")["training"][0]["freeze_llm"] is True
 
     code, out, err = place.sft("sft.json", "--from_weights", place.out / "64_vlm_pretrain.pth", "--epochs", 2)
     assert code == 0 and f"loaded {place.out / '64_vlm_pretrain.pth'}" in out, err
-    stages = read_notes(place.out / "64_vlm_sft.pth")["training"]
+    stages = read_metadata(place.out / "64_vlm_sft.pth")["training"]
     assert [(stage["stage"], stage["epochs"], stage["steps"]) for stage in stages] == [
         ("pretrain", 2, 12),
         ("sft", 2, 12),
@@ -125,9 +127,7 @@ def test_a_clip_of_the_size_of_vit_l_14(place, tokenizer, tmp_path):
     )
     assert chat.max_frames == 1  # more pictures of 257 tokens than one don't fit into 512
     code, _, err = run_python(CHAT, *place.model, "--weights", weights)
-    assert (
-        code == 1 and f"{weights} has vision_width 1024, and 48 is wanted: it was trained with another CLIP" in err
-    ), err
+    assert code == 1 and f"{weights} has vision_width 1024, expected 48: it was trained with another CLIP" in err, err
 
 
 def test_experts_train_in_both_precisions(place, tokenizer):
@@ -237,12 +237,12 @@ def test_what_is_missing_is_said_in_one_line(place, script, flags, names):
 def test_weights_that_do_not_fit_are_refused(place, tokenizer):
     save_llm(place, tokenizer)
     code, _, err = place.pretrain("--n_layers", 3)
-    assert code == 1 and "has n_layers 2, and 3 is wanted: use --n_layers 2" in err and "Traceback" not in err
+    assert code == 1 and "has n_layers 2, expected 3: use --n_layers 2" in err and "Traceback" not in err
     code, _, err = place.sft("sft.json", "--from_weights", place.out / "64_llm.pth")
     assert code == 1 and "without a vision projector" in err
     (place.out / "64_llm.pth").write_bytes((place.out / "64_llm.pth").read_bytes()[:5000])
     code, _, err = place.pretrain()
-    assert code == 1 and "not a whole file of weights" in err and "Traceback" not in err
+    assert code == 1 and "is truncated, or not a file of weights" in err and "Traceback" not in err
 
 
 def test_evaluation_pictures_are_there_and_small():
@@ -265,3 +265,20 @@ def test_world_is_the_same_from_the_same_seed(tmp_path):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     scene = demo.random_scene(random.Random(1))
     assert demo.draw(scene, random.Random(2)).tobytes() == demo.draw(scene, random.Random(2)).tobytes()
+
+
+@pytest.mark.parametrize("script", ["1-pretrain_vlm.py", "2-sft_vlm.py", "3-eval_chat.py", "web_server.py"])
+def test_help_names_every_flag(script):
+    code, out, _ = run_python(script, "--help")
+    assert code == 0 and "--demo [True|False]" in out
+    assert ("--multi [True|False]" in out) == (script != "1-pretrain_vlm.py")
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README_zh.md"])
+def test_the_readmes_table_of_stages_is_the_codes(readme):
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    table = {
+        re.search("`(.+?)`", row)[1]: re.findall(r"`out/512_(\w+)\.pth`", row)
+        for row in re.findall(r"^\| `[12]-\w+\.py.*$", text, flags=re.MULTILINE)
+    }
+    assert table == {stage.command: [stage.starts_from, stage.writes] for stage in STAGES.values()}

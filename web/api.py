@@ -207,7 +207,7 @@ class ChatAPI:
             body = read_body({"messages", "token_ids"})
             turns, media = read_messages(self.chat, body.pop("messages", None))
         require(media, "there is no picture in the messages")
-        room = self.chat.config.max_seq_len - self.chat.prompt(turns).shape[1]
+        room = self.chat.config.max_seq_len - self.chat.encode_prompt(turns).shape[1]
         token_ids = read_token_ids(body.get("token_ids"), self.chat.config.vocab_size, room)
 
         # one forward for all tokens: it can't be interrupted, but isn't begun for a client that has gone

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoTokenizer
 
 from dataset import demo
-from model.checkpoint import origin, write_weights
+from model.checkpoint import provenance, write_weights
 from model.conversation import encode_conversations
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
@@ -132,7 +132,7 @@ def train(model, tokenizer, args):
 def save(model, tokenizer):
     """Writes the weights in float16."""
     weights = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    notes = {"stage": "llm", **origin(model.config, tokenizer)}
+    notes = {"stage": "llm", **provenance(model.config, tokenizer)}
     write_weights(FOLDER / f"{model.config.dim}_llm.pth", weights, notes)
 
 

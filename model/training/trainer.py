@@ -23,22 +23,11 @@ from torch.utils.data import DataLoader
 from dataset.batches import LengthBatches, SortedBatches, TokenBatches
 from dataset.dataset import VLMDataset, collate
 from model.arguments import model_sizes, pick_dtype
-from model.checkpoint import (
-    PROJECTOR,
-    load_tokenizer,
-    load_vlm,
-    read_notes,
-    save_weights,
-    tokenizer_hash,
-    tokenizer_warning,
-)
-from model.conversation import tokenizer_fields
+from model.checkpoint import encoder_hash, load_parts, save_weights, tokenizer_hash
 from model.errors import BadInput
 from model.files import replace_file
-from model.LMConfig import LMConfig
 from model.model import can_group
-from model.model_vlm import MiniMindVLM
-from model.vision_utils import load_vision
+from model.stages import STAGES, weights_path
 
 from .distributed import Processes, Stop, ignore_signals
 from .feature_cache import open_cache
@@ -49,34 +38,31 @@ from .logs import Log, tell
 
 
 def prepare(args, weights, allow_missing_projector, saved, first):
-    """Loads everything a stage needs: (model, encoder, tokenizer, dataset, held-out dataset or None).
+    """Loads everything a stage needs: (parts, dataset, held-out dataset or None).
 
     weights: the file to start from, or None for random weights; with a `saved` run it need not be there any more.
     Whatever is missing stops the run here, before any work.
     """
-    tokenizer = load_tokenizer(args.tokenizer_path)
-    encoder = load_vision(args.vision_path, args.device, pick_dtype(args.dtype, args.device))
-    config = LMConfig(
-        **model_sizes(args),
-        vision_width=encoder.vision_width,
-        image_tokens=encoder.image_tokens,
-        **tokenizer_fields(tokenizer),
+    parts = load_parts(
+        None if saved else weights,
+        args.vision_path,
+        args.tokenizer_path,
+        args.device,
+        pick_dtype(args.dtype, args.device),
+        sizes=model_sizes(args),
+        metadata=saved and {"config": json.loads(saved["config"]), "training": json.loads(saved["history"])},
+        allow_missing_projector=allow_missing_projector,
+        seed=args.seed,
     )
-    torch.manual_seed(args.seed)
-    if weights and not saved:
-        model, loaded = load_vlm(weights, config, tokenizer, allow_missing_projector)
-        if first:
-            print("\n".join(filter(None, [loaded, tokenizer_warning(weights, tokenizer)])), flush=True)
-    else:
-        config.vision_bias = bool(saved) and f"{PROJECTOR}vision_proj.0.bias" in saved["model"]
-        model = MiniMindVLM(config)
-    sizes = (args.max_seq_len, encoder.image_size)
+    if first and parts.summary:
+        print(parts.summary, flush=True)
+    sizes = (args.max_seq_len, parts.encoder.image_size)
     strictness = {"strict": args.strict, "most": args.max_bad_fraction, "tell": tell if first else None}
     dataset, held_out = (
-        path and VLMDataset(path, args.images_path, tokenizer, config, *sizes, **strictness)
+        path and VLMDataset(path, args.images_path, parts.tokenizer, parts.model.config, *sizes, **strictness)
         for path in (args.data_path, args.val_path)
     )
-    return model.to(args.device), encoder, tokenizer, dataset, held_out
+    return parts._replace(model=parts.model.to(args.device)), dataset, held_out
 
 
 def compiled(model, device):
@@ -110,14 +96,18 @@ def learning_rate_at(step, steps, peak, warmup):
 # --- the loop -------------------------------------------------------------------------------------------------------
 
 PATIENCE = 20  # steps in a row without a finite gradient
-FORMAT = 2  # of resume states: to be raised with every change of what they hold
+FORMAT = 3  # of resume states: to be raised with every change of what they hold
 
 
-def train(args, stage, weights, weights_file, allow_missing_projector=False):
-    """Trains projector and language model from `weights` into `weights_file`; CLIP stays as it is.
+def train(args, stage, from_scratch=False):
+    """Trains projector and language model in a stage, whose weights are written to `out_dir`; CLIP stays as it is.
 
     With --resume, or started again by torchrun, it goes on from the state of a run that was cut off, if there is one.
     """
+    weights = args.from_weights or weights_path(args.out_dir, args, STAGES[stage].starts_from)
+    if from_scratch:
+        weights = None
+    weights_file = weights_path(args.out_dir, args, STAGES[stage].writes)
     processes = Processes(args.device)
     args.device = processes.device
     try:
@@ -126,17 +116,15 @@ def train(args, stage, weights, weights_file, allow_missing_projector=False):
             saved = processes.from_first(read_state(state_file(weights_file)) if processes.first else None)
             if saved is None and processes.first:
                 print(f"nothing to resume: {state_file(weights_file)} is not there; starting from the beginning")
-        parts = prepare(args, weights, allow_missing_projector, saved, processes.first)
-        _, encoder, _, *datasets = parts
+        parts, *datasets = prepare(args, weights, STAGES[stage].starts_from == "llm", saved, processes.first)
         try:
             Path(args.out_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BadInput(f"{args.out_dir} could not be made ({error.strerror}): name another --out_dir") from None
         if args.cache_features:
             for dataset in filter(None, datasets):
-                open_cache(args, dataset, encoder, processes)
-        history = read_notes(weights).get("training", []) if weights else []
-        run = Run(args, stage, processes, *parts, weights_file, history, saved)
+                open_cache(args, dataset, parts.encoder, processes)
+        run = Run(args, stage, processes, parts, *datasets, weights_file, saved)
         saved = None  # as large as model and optimizer together
         run.train()
     except RuntimeError as error:
@@ -179,12 +167,10 @@ def read_state(path):
 class Run:
     """One stage's training. `history` tells, one entry a stage, how the weights were made that it starts from."""
 
-    def __init__(
-        self, args, stage, processes, model, encoder, tokenizer, dataset, held_out, weights_file, history, saved
-    ):
+    def __init__(self, args, stage, processes, parts, dataset, held_out, weights_file, saved):
         self.args, self.stage, self.processes = args, stage, processes
-        self.model, self.encoder, self.tokenizer = model, encoder, tokenizer
-        self.weights_file, self.history = weights_file, history
+        self.model, self.encoder, self.tokenizer = model, _, _ = parts[:3]
+        self.weights_file, self.history = weights_file, parts.metadata.get("training", [])
         self.dtype = pick_dtype(args.dtype, args.device)
         # of what is captured as CUDA graphs; experts one by one would have to be counted by the host
         self.few_shapes = args.device.startswith("cuda") and processes.world == 1 and not args.compile
@@ -259,6 +245,7 @@ class Run:
             "precision": str(self.dtype),
             "checksum of the data": self.fingerprint,
             "tokenizer": tokenizer_hash(self.tokenizer),
+            "CLIP": encoder_hash(self.encoder),
         }
 
     def state(self):
@@ -275,6 +262,7 @@ class Run:
             "wandb_id": self.wandb_id,
             "problems": {reason: sorted(numbers) for reason, numbers in self.problems.numbers.items()},
             "history": json.dumps(self.history),
+            "config": self.model.config.to_json_string(),
         }
 
     def restore(self, saved):
@@ -294,7 +282,7 @@ class Run:
         sums, streak, self.skipped = saved["since"]
         self.problems.merge([saved["problems"]])
         self.sums, self.streak = sums.to(self.args.device), streak.to(self.args.device)
-        self.step, self.wandb_id, self.history = saved["step"], saved["wandb_id"], json.loads(saved["history"])
+        self.step, self.wandb_id = saved["step"], saved["wandb_id"]
         if self.processes.first:
             print(f"resuming after step {self.step} of {self.steps}", flush=True)
 
@@ -312,7 +300,7 @@ class Run:
         training = [*self.history, {**stage, "processes": self.processes.world}]
         notes = {"stage": self.stage, "step": self.step, "training": training}
         try:
-            save_weights(self.weights_file, self.model, self.tokenizer, **notes)
+            save_weights(self.weights_file, self.model, self.tokenizer, self.encoder, **notes)
             replace_file(state_file(self.weights_file), lambda f: torch.save(self.state(), f))
         except OSError as error:
             tell(f"could not save to {self.args.out_dir} ({error.strerror}): the last good files are kept")

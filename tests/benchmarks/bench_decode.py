@@ -144,8 +144,8 @@ def main():
         chat = load()
         pixels = torch.randint(0, 256, (3, 224, 224), dtype=torch.uint8)
         with torch.inference_mode():
-            features = chat.see([pixels])
-        input_ids = chat.prompt(as_conversation(QUESTION, 1, chat.config))
+            features = chat.encode_images([pixels])
+        input_ids = chat.encode_prompt(as_conversation(QUESTION, 1, chat.config))
         rows = {"stream": best(stream, chat, pixels)}
         peak = peak_memory(args.device)
         plain_layers(chat)

@@ -195,7 +195,7 @@ def measure(args, run, dataset, roof):
 
 def parse(flags=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_training_arguments(parser, 4e-4, None, None)
+    add_training_arguments(parser)
     parser.add_argument("--stage", choices=["pretrain", "sft"], default="pretrain", help="how long the records are")
     parser.add_argument("--steps", type=int, default=10, help="that are measured")
     parser.add_argument("--warm_up", type=int, default=3, help="steps before them")
@@ -214,12 +214,12 @@ def main():
         args.vision_path, args.tokenizer_path = str(folder / "clip"), str(folder / "tokenizer")
         args.data_path, args.images_path, args.out_dir = folder / "data.json", folder / "images", folder / "out"
         processes = Processes(args.device)
-        parts = prepare(args, None, True, None, first=False)
-        model, encoder, _, dataset, _ = parts
+        parts, dataset, _ = prepare(args, None, True, None, first=False)
+        model, encoder = parts.model, parts.encoder
         (folder / "out").mkdir()
         if args.cache_features:
             open_cache(args, dataset, encoder, processes)
-        run = Run(args, args.stage, processes, *parts, folder / "out" / "weights.pth", [], None)
+        run = Run(args, args.stage, processes, parts, dataset, None, folder / "out" / "weights.pth", None)
         result = measure(args, run, dataset, roofs(args.device, run.dtype))
         if args.baseline:
             batches = list(run.sampler)[: args.steps]

@@ -43,7 +43,7 @@ from transformers import CLIPVisionConfig
 from dataset import demo
 from dataset.dataset import VLMDataset, collate
 from model.chat import Chat
-from model.checkpoint import load_tokenizer, save_weights
+from model.checkpoint import Parts, load_tokenizer, save_weights
 from model.conversation import as_conversation, tokenizer_fields
 from model.decoder import Decoder, GraphDecoder
 from model.LMConfig import LMConfig
@@ -122,8 +122,8 @@ class Bench:
             open_cache(args, dataset, encoder, processes)
         torch.manual_seed(args.seed)
         model = MiniMindVLM(self.config(encoder, dim=args.dim, n_layers=args.n_layers, use_moe=args.use_moe, **config))
-        parts = model.to(args.device), encoder, self.tokenizer, dataset, None
-        return Run(args, args.stage, processes, *parts, self.folder / "out" / "weights.pth", [], None)
+        parts = Parts(model.to(args.device), encoder, self.tokenizer, {}, "")
+        return Run(args, args.stage, processes, parts, dataset, None, self.folder / "out" / "weights.pth", None)
 
     def chat(self, dtype, **sizes):
         """A random model that answers. Its matrices are large enough for answers not to hang on rounding."""
@@ -225,7 +225,7 @@ def correctness(bench):
 
     # greedy answers: the GPU's against the CPU's, a captured graph's against steps one by one
     chat = bench.chat("float32", **size)
-    input_ids = chat.prompt(as_conversation("bado nu kipa?", 1, chat.config))
+    input_ids = chat.encode_prompt(as_conversation("bado nu kipa?", 1, chat.config))
     with torch.inference_mode():
         seen, tokens = chat.encoder(batch["pixel_values"][:1]), 16 if bench.smoke else 64
         answers = {}
@@ -350,7 +350,10 @@ def decoding(bench):
 
         side = chat.encoder.image_size
         pixels = torch.randint(0, 256, (3, side, side), dtype=torch.uint8)
-        features, input_ids = chat.see([pixels]), chat.prompt(as_conversation("bado nu kipa?", 1, chat.config))
+        features, input_ids = (
+            chat.encode_images([pixels]),
+            chat.encode_prompt(as_conversation("bado nu kipa?", 1, chat.config)),
+        )
         chat.warm_up()
         if chat.graph:
             row("stream, captured graph", *best(stream, chat, pixels, tokens)[1:])
