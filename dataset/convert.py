@@ -29,7 +29,7 @@ from model.errors import BadInput, run_script
 from model.files import replace_file
 from model.LMConfig import LMConfig
 
-from .records import CAPTION_PROMPT, parse_record, record
+from .records import CAPTION_PROMPT, make_record, parse_record
 
 COLUMNS = ("image", "caption", "answer", "question")
 SHOWN = 10  # bad lines told at once
@@ -103,7 +103,7 @@ def to_record(row, where, question):
     asked = asked or question
     if "<image>" not in asked:
         asked = "<image>\n" * len(names) + asked
-    return record(names, [(asked, caption or answer)])
+    return make_record(names, [(asked, caption or answer)])
 
 
 def picture_problem(path):

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
-from .records import CAPTION_PROMPT, record
+from .records import CAPTION_PROMPT, make_record
 
 FOLDER = Path("dataset/demo_world")
 COLOURS = {
@@ -93,17 +93,17 @@ def outline(shape, radius):
         side = radius * 0.84
         return [side * corner for corner in (-1 - 1j, 1 - 1j, 1 + 1j, -1 + 1j)]
     if shape == "三角形":
-        return [up * 1.08 * turn(k / 3) + 0.2j * radius for k in range(3)]
+        return [up * 1.08 * rotation(k / 3) + 0.2j * radius for k in range(3)]
     if shape == "星形":
-        return [up * (1.1 if k % 2 == 0 else 0.45) * turn(k / 10) for k in range(10)]
+        return [up * (1.1 if k % 2 == 0 else 0.45) * rotation(k / 10) for k in range(10)]
     if shape == "十字形":
         arm, end = radius * 0.32, radius
         corner = [-arm - end * 1j, arm - end * 1j, arm - arm * 1j]
-        return [point * turn(k / 4) for k in range(4) for point in corner]
+        return [point * rotation(k / 4) for k in range(4) for point in corner]
     return None
 
 
-def turn(fraction):
+def rotation(fraction):
     """The complex number that turns a point by this fraction of a circle."""
     return 1j ** (4 * fraction)
 
@@ -116,7 +116,7 @@ def draw_thing(picture, thing, rng, places):
     pen, centre = ImageDraw.Draw(tile), half * scale
     points = outline(thing.shape, radius * scale)
     if points:
-        tilt = turn(rng.uniform(-0.03, 0.03))
+        tilt = rotation(rng.uniform(-0.03, 0.03))
         pen.polygon([(centre + (p * tilt).real, centre + (p * tilt).imag) for p in points], fill=255)
     else:
         for r, fill in ((radius, 255), (radius * 0.58, 0))[: 2 if thing.shape == "圆环" else 1]:
@@ -158,7 +158,7 @@ def caption(scene, rng):
     return rng.choice(["", "图中", "画面里"]) + rng.choice("，；").join(things) + "。"
 
 
-def notes(scene, rng, form=None):
+def scene_in_words(scene, rng, form=None):
     """The scene in words, in a given form or any: what the language model reads in place of a picture."""
     form = form or rng.choice(["caption", "words", "pairs", "pairs", "places"])
     if form == "caption":
@@ -321,12 +321,12 @@ PAIR_PROMPTS = ["怎样把第一张图变成第二张图？", "两张图有什�
 
 # --- animations -----------------------------------------------------------------------------------------------------
 
-CLIP_PROMPTS = ["动画里有什么变化？", "先后有什么不同？"]
-CLIP_EDITS = ["recolour", "move", "remove", "add"]
+ANIMATION_PROMPTS = ["动画里有什么变化？", "先后有什么不同？"]
+ANIMATION_EDITS = ["recolour", "move", "remove", "add"]
 FRAMES = 4
 
 
-def animation(rng, split="train", kinds=CLIP_EDITS):
+def animation(rng, split="train", kinds=ANIMATION_EDITS):
     """A thing moves, changes colour, vanishes or appears: (pictures, what happened in words, its kind).
 
     The words are those of `edit`. All else stays as it is; what does not move changes between two frames.
@@ -378,13 +378,13 @@ class World:
             name = self.picture(scene, f"train_{i:05d}.jpg")
             prompt = self.rng.choice(CAPTION_PROMPTS)
             prompt = self.rng.choice([f"{prompt}\n<image>", f"<image>\n{prompt}"])
-            captions.append(record([name], [(prompt, caption(scene, self.rng))]))
+            captions.append(make_record([name], [(prompt, caption(scene, self.rng))]))
             asked = questions(
                 scene, self.rng, turns - 1
             )  # and a caption, lest what the first stage taught be forgotten
             asked.insert(self.rng.randrange(turns), (self.rng.choice(CAPTION_PROMPTS), caption(scene, self.rng)))
             asked[0] = (f"<image>\n{asked[0][0]}", asked[0][1])
-            talks.append(record([name], asked))
+            talks.append(make_record([name], asked))
         self.write("pretrain.json", captions)
         self.write("sft.json", talks)
 
@@ -395,10 +395,10 @@ class World:
             before, after, instruction, kind = scene_pair(self.rng, split)
             names = [self.picture(s, f"{prefix}_{i:05d}_{k}.png") for k, s in enumerate((before, after))]
             asked = f"<image>\n<image>\n{self.rng.choice(PAIR_PROMPTS)}"
-            records.append(record(names, [(asked, instruction)], kind=kind))
+            records.append(make_record(names, [(asked, instruction)], kind=kind))
         return records
 
-    def clips(self, prefix, count, split):
+    def animations(self, prefix, count, split):
         """The frames of animations and what happens in them."""
         records = []
         for i in range(count):
@@ -406,8 +406,8 @@ class World:
             names = [f"{prefix}_{i:05d}_{frame}.png" for frame in range(FRAMES)]
             for picture, name in zip(pictures, names, strict=True):
                 picture.save(self.folder / "images" / name)
-            asked = "<image>\n" * FRAMES + self.rng.choice(CLIP_PROMPTS)
-            records.append(record(names, [(asked, told)], kind=kind))
+            asked = "<image>\n" * FRAMES + self.rng.choice(ANIMATION_PROMPTS)
+            records.append(make_record(names, [(asked, told)], kind=kind))
         return records
 
     def shuffled(self, records):
@@ -428,11 +428,11 @@ class World:
             for kind in QUESTIONS:
                 pair = question(scene, self.rng, kind)
                 if pair:
-                    records.append(record([picture], [(f"<image>\n{pair[0]}", pair[1])], kind=kind))
+                    records.append(make_record([picture], [(f"<image>\n{pair[0]}", pair[1])], kind=kind))
         self.write(name, records)
 
 
-def build(folder, pictures=6000, pairs=3000, clips=1500, held_out=200, turns=4, seed=0):
+def build(folder, pictures=6000, pairs=3000, animations=1500, held_out=200, turns=4, seed=0):
     """Draws the whole world into `folder`, anew if there is one; its last file says that it is complete."""
     folder = Path(folder)
     done = folder / "world.json"
@@ -444,14 +444,14 @@ def build(folder, pictures=6000, pairs=3000, clips=1500, held_out=200, turns=4, 
     world.score("score_heldout.json", "heldout", held_out, "heldout")
     world.score("score_unseen.json", "unseen", held_out, "unseen")
     world.write("score_multi.json", world.pairs("heldout_pair", held_out, "heldout"))
-    world.write("sft_multi.json", training_pairs + world.clips("clip", clips, "train"))
-    clips_to_score = world.clips("heldout_clip", held_out, "heldout")
-    world.write("score_clips.json", clips_to_score)
-    world.write("score_clips_shuffled.json", world.shuffled(clips_to_score))
+    world.write("sft_multi.json", training_pairs + world.animations("clip", animations, "train"))
+    animations_to_score = world.animations("heldout_clip", held_out, "heldout")
+    world.write("score_clips.json", animations_to_score)
+    world.write("score_clips_shuffled.json", world.shuffled(animations_to_score))
     settings = {
         "pictures": pictures,
         "pairs": pairs,
-        "clips": clips,
+        "clips": animations,
         "held_out": held_out,
         "turns": turns,
         "seed": seed,
@@ -495,7 +495,7 @@ def build_eval_pictures(folder, seed=1):
         name = f"动画_{told}.webp"
         place = folder / "eval_multi_images" / name
         frames[0].save(place, save_all=True, append_images=frames[1:], duration=600, loop=0, quality=90)
-        asked.append(([name], CLIP_PROMPTS[0]))  # its frames are put in front
+        asked.append(([name], ANIMATION_PROMPTS[0]))  # its frames are put in front
     write(asked, folder / "eval_multi_images")
 
 
@@ -513,4 +513,4 @@ if __name__ == "__main__":
     if args.eval_pictures:
         build_eval_pictures("dataset")
         sys.exit()
-    build(args.folder, pictures=args.pictures, pairs=args.pairs, clips=args.clips, seed=args.seed)
+    build(args.folder, pictures=args.pictures, pairs=args.pairs, animations=args.clips, seed=args.seed)

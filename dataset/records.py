@@ -115,7 +115,7 @@ def coco_prefix(folder, name):
     return prefix if not (folder / name).exists() and (folder / f"{prefix}{name}").exists() else ""
 
 
-def record(images, turns, **extra):
+def make_record(images, turns, **extra):
     """One record of the published JSON formats; turns are (question, answer) pairs, images their file names."""
     conversations = []
     for asked, answer in turns:

@@ -167,4 +167,4 @@ def test_the_demo_s_animations_show_what_they_tell():
         x, y = demo.PLACES[told[1:4] if told[1:4] in demo.PLACES else next(p for p in demo.PLACES if p in told)]
         place = frames[:, y - 30 : y + 30, x - 30 : x + 30]
         assert np.abs(place[0] - place[-1]).max() > 20  # and it is where the words say
-    assert kinds == set(demo.CLIP_EDITS)
+    assert kinds == set(demo.ANIMATION_EDITS)

@@ -398,7 +398,7 @@ def run_demo(bench):
     stages += ["2-sft_vlm.py --demo --multi", "3-eval_chat.py --demo --all --multi"]
     if bench.smoke:
         world = bench.folder / "world"
-        demo.build(world, pictures=16, pairs=4, clips=4, held_out=2, turns=2)
+        demo.build(world, pictures=16, pairs=4, animations=4, held_out=2, turns=2)
         places = f"--images_path={world / 'images'}"
         stages = [f"1-pretrain_vlm.py --demo --data_path={world / 'pretrain.json'} {places} --epochs 1"]
         weights = f"--weights={bench.folder / 'demo' / '192_vlm_pretrain.pth'}"
