@@ -3,7 +3,6 @@
 Shapes: B batch, T tokens, N images in the batch, P tokens per image, V vision width, S size of a picture in pixels.
 """
 
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from model.errors import BadInput, BadRecord
 from model.images import read_pixels
 from model.model import positions_before_labels
 
-from .records import Problems, coco_prefix, parse_record, read_records
+from .records import Problems, chunked, coco_prefix, parse_record, read_records
 
 MOST_IN_A_ROW = 100  # bad records that are passed over for one good one
 
@@ -107,7 +106,7 @@ class VLMDataset(Dataset):
         silent = None if self.problems.tell else True  # None: on a terminal only
         records = tqdm(read_records(data_path), desc=str(data_path), unit=" records", disable=silent)
         records, placeholder = enumerate(records), config.image_special_token
-        while block := list(islice(records, 4096)):
+        for block in chunked(records, 4096):
             parsed = []
             for number, record in block:
                 try:

@@ -7,6 +7,7 @@ All three stages read one JSON format, a list of records (dataset/README.md):
 
 import json
 import re
+from itertools import islice
 
 from model.conversation import split_at_images
 from model.errors import BadInput, BadRecord
@@ -35,6 +36,13 @@ def read_records(path):
         raise BadInput(f"{path} could not be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not UTF-8 text ({error.reason}): save it as UTF-8") from None
+
+
+def chunked(items, size):
+    """Yields lists of `size` items; the last may be shorter."""
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
 
 
 def parse_list(file, path):

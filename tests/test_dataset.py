@@ -221,7 +221,7 @@ def test_batches_by_tokens_are_full_and_dealt_alike_to_any_number_of_processes()
     assert len({i for batch in batches for i in batch}) == sum(map(len, batches)) > 5000 - 4
     ranks = [TokenBatches(np.arange(5000), lengths, 4096, 4, seed=1, rank=r, world=2) for r in (0, 1)]
     dealt = [batch for pair in zip(*ranks, strict=True) for batch in pair]
-    assert dealt == batches and all(rank.parts == 2 for rank in ranks)
+    assert dealt == batches and all(rank.micro_batches == 2 for rank in ranks)
     alone.begin(1)
     assert list(alone) != batches and alone.steps == ranks[0].steps
     alone.begin(0, 100)

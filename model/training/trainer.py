@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from dataset.batches import LengthBatches, SortedBatches, TokenBatches
 from dataset.dataset import VLMDataset, collate
+from dataset.records import chunked
 from model.arguments import model_sizes, pick_dtype
 from model.checkpoint import (
     PROJECTOR,
@@ -255,7 +256,7 @@ class Run:
         names += ("grad_clip", "warmup_iters", "seed", "freeze_llm", "val_fraction", "batch_tokens")
         return {
             **{f"--{name}": getattr(self.args, name) for name in names},
-            "size of a step": self.sampler.size,
+            "size of a step": self.sampler.step_size,
             "precision": str(self.dtype),
             "checksum of the data": self.fingerprint,
             "tokenizer": tokenizer_hash(self.tokenizer),
@@ -331,7 +332,7 @@ class Run:
         while self.step < self.steps:
             epoch, done = divmod(self.step, self.sampler.steps)
             self.sampler.begin(epoch, done)
-            for batches in grouped(self.loader, self.sampler.parts):
+            for batches in chunked(self.loader, self.sampler.micro_batches):
                 stopping = self.advance(batches, stop)
                 last = self.step == self.steps
                 if self.step % args.log_interval == 0 or last:
@@ -474,15 +475,3 @@ class Run:
         loss, answers = self.processes.sum(sums).tolist()
         self.parallel.train()
         return loss / answers
-
-
-def grouped(batches, size):
-    """Lists of `size` batches, the last one possibly shorter."""
-    group = []
-    for batch in batches:
-        group.append(batch)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group

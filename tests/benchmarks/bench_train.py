@@ -31,7 +31,7 @@ from model.arguments import add_training_arguments, pick_dtype
 from model.images import normalise, read_pixels
 from model.training.distributed import Processes, Stop
 from model.training.feature_cache import open_cache
-from model.training.trainer import Run, grouped, prepare
+from model.training.trainer import Run, chunked, prepare
 
 
 class Laps:
@@ -75,9 +75,9 @@ def ours(args, run):
 
     The parts are taken in steps of their own, as to wait for each of them costs time.
     """
-    stop, parts = Stop(quiet=True), run.sampler.parts
+    stop, parts = Stop(quiet=True), run.sampler.micro_batches
     batches = list(run.sampler)[args.warm_up * parts : (args.warm_up + args.steps) * parts]
-    steps = grouped(iter(run.loader), parts)
+    steps = chunked(iter(run.loader), parts)
     run.parallel.train()
     run.sampler.begin(0)
     for _ in range(args.warm_up):

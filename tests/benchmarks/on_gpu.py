@@ -51,7 +51,7 @@ from model.model import can_group
 from model.model_vlm import MiniMindVLM
 from model.training.distributed import Processes, Stop
 from model.training.feature_cache import open_cache
-from model.training.trainer import Run, grouped
+from model.training.trainer import Run, chunked
 from model.vision_utils import load_vision
 
 NO_GRAPHS = "no graphs"  # in place of a flag
@@ -239,7 +239,7 @@ def correctness(bench):
 
 def steps_of(run, count):
     """The losses of a run's first steps."""
-    stop, losses, steps = Stop(quiet=True), [], grouped(iter(run.loader), run.sampler.parts)
+    stop, losses, steps = Stop(quiet=True), [], chunked(iter(run.loader), run.sampler.micro_batches)
     run.parallel.train()
     for _ in range(count):
         before = run.sums[0].clone()
@@ -251,7 +251,7 @@ def steps_of(run, count):
 
 def check_for_waiting(run):
     """RuntimeError if a step, kernel by kernel or as a captured graph, makes the host wait for the GPU."""
-    stop, batches = Stop(quiet=True), next(grouped(iter(run.loader), run.sampler.parts))
+    stop, batches = Stop(quiet=True), next(chunked(iter(run.loader), run.sampler.micro_batches))
     run.parallel.train()
     for gradients in (run.backward, run.gradients):
         run.gradients = gradients
