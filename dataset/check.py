@@ -22,7 +22,7 @@ from model.stages import DEMO_MODEL
 from .dataset import Pictures, VLMDataset, collate_pictures
 
 
-def check(dataset, workers):
+def check_pictures(dataset, workers):
     """Opens all pictures of a VLMDataset, and adds to its `problems` the records whose pictures can't be read."""
     pictures = Pictures(dataset)
     loader = DataLoader(pictures, batch_size=64, collate_fn=collate_pictures, num_workers=workers)
@@ -31,19 +31,21 @@ def check(dataset, workers):
         for pixels, problems in loader:
             bad.update((bar.n + i, BadRecord(*problem)) for i, problem in enumerate(problems) if problem)
             bar.update(len(pixels))
-    for index, number in enumerate(dataset.numbers.tolist()):
-        for row in bad.keys() & set(dataset.rows[index].tolist()):
+    for index, number in enumerate(dataset.record_numbers.tolist()):
+        for row in bad.keys() & set(dataset.image_rows[index].tolist()):
             dataset.problems.add(bad[row], number)
 
 
 def report(dataset):
-    """What `check` found, and how long the records are, as text."""
-    numbers = dataset.problems.numbers
+    """What `check_pictures` found, and how long the records are, as text."""
+    numbers = dataset.problems.by_reason
     good = dataset.problems.total - len(set().union(*numbers.values()))
     lines = [f"{dataset.problems.total:,} records, {good:,} can be used"]
     lines += [f"  {len(some):,} left out: {reason}" for reason, some in numbers.items()]
     lengths = dataset.lengths
-    lines.append(f"{lengths.sum():,} tokens, {lengths.mean():.0f} a record, of which {dataset.cut_off:,} are cut off")
+    lines.append(
+        f"{lengths.sum():,} tokens, {lengths.mean():.0f} a record, of which {dataset.num_truncated:,} are cut off"
+    )
     counts, edges = np.histogram(lengths, bins=np.arange(0, lengths.max() + 32, 32))
     for count, edge in zip(counts, edges, strict=False):
         if count:
@@ -62,9 +64,9 @@ def main():
     args = parse_with_demo(parser, demo)
     tokenizer = load_tokenizer(args.tokenizer_path)
     config = LMConfig(**tokenizer_fields(tokenizer))
-    strictness = {"strict": False, "most": 1.0, "tell": tqdm.write}
+    strictness = {"strict": False, "max_fraction": 1.0, "notify": tqdm.write}
     dataset = VLMDataset(args.file, args.images_path, tokenizer, config, args.max_seq_len, 32, **strictness)
-    check(dataset, args.num_workers)
+    check_pictures(dataset, args.num_workers)
     print(report(dataset))
     sys.exit(bool(dataset.problems.count))
 

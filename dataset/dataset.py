@@ -18,10 +18,10 @@ from model.model import positions_before_labels
 
 from .records import Problems, chunked, coco_prefix, parse_record, read_records
 
-MOST_IN_A_ROW = 100  # bad records that are passed over for one good one
+MAX_BAD_IN_A_ROW = 100  # bad records that are passed over for one good one
 
 
-def fitting(ids, limit, config):
+def truncate_at_image(ids, limit, config):
     """How many tokens of a conversation, and how many images, fit into `limit` tokens without a part of an image."""
     ids, image = ids.tolist(), config.image_ids
     place, images = 0, 0
@@ -35,7 +35,7 @@ def fitting(ids, limit, config):
     return limit, images
 
 
-class Column:
+class RaggedArray:
     """Many small arrays of one type, end to end in one tensor, which worker processes share; grown row by row.
 
     Item i is a slice of it. It is filled with `add`, and read after `freeze`.
@@ -67,7 +67,7 @@ class VLMDataset(Dataset):
 
     Everything is tokenised once, here, into flat arrays that worker processes share. `labels` are the ids of the answers
     and of the `</s>` that ends each; all else is -100. Records that can't be used, or whose answers lie wholly beyond
-    `max_seq_len`, are left out and counted in `problems`, whose arguments are `strictness`; `cut_off` counts those that lose
+    `max_seq_len`, are left out and counted in `problems`, whose arguments are `strictness`; `num_truncated` counts those that lose
     only their end. A record whose picture turns out to be bad when it is read is replaced by the next good one, so that
     batches keep their size and resumed runs their place; items tell of it in `problems`. With `features` set (a
     FeatureCache over `image_paths`), items carry `image_features` (n, P, V) instead of pixels and no picture is opened.
@@ -75,7 +75,7 @@ class VLMDataset(Dataset):
 
     def __init__(self, data_path, images_path, tokenizer, config, max_seq_len, image_size, **strictness):
         self.images_path, self.image_size = Path(images_path), image_size
-        self.features, self.cut_off = None, 0
+        self.features, self.num_truncated = None, 0
         self.problems = Problems(**strictness)
         if not self.images_path.is_dir():
             raise BadInput(
@@ -83,27 +83,27 @@ class VLMDataset(Dataset):
             )
         row_of = {}  # image name -> its row in `names`
         numbers = []
-        self.ids, self.answers = Column(np.min_scalar_type(config.vocab_size)), Column(bool)
-        self.rows, self.names = Column(np.int32), Column(np.uint8)
+        self.ids, self.is_answer = RaggedArray(np.min_scalar_type(config.vocab_size)), RaggedArray(bool)
+        self.image_rows, self.image_names = RaggedArray(np.int32), RaggedArray(np.uint8)
         for number, ids, answers, names in self.read(data_path, tokenizer, config, max_seq_len):
             numbers.append(number)
             self.ids.add(ids)
-            self.answers.add(answers)
-            self.rows.add(np.array([row_of.setdefault(name, len(row_of)) for name in names]))
+            self.is_answer.add(answers)
+            self.image_rows.add(np.array([row_of.setdefault(name, len(row_of)) for name in names]))
         if not numbers:
             raise BadInput(f"{data_path}: no record has an answer within --max_seq_len {max_seq_len} tokens")
         for name in row_of:
-            self.names.add(np.frombuffer(name.encode(), np.uint8))
-        for column in (self.ids, self.answers, self.rows, self.names):
+            self.image_names.add(np.frombuffer(name.encode(), np.uint8))
+        for column in (self.ids, self.is_answer, self.image_rows, self.image_names):
             column.freeze()
-        self.numbers = torch.tensor(numbers)
+        self.record_numbers = torch.tensor(numbers)
         self.coco_prefix = ""
         if row_of:
             self.coco_prefix = coco_prefix(self.images_path, next(iter(row_of)))
 
     def read(self, data_path, tokenizer, config, max_seq_len):
         """Yields (number, token ids, is_answer flags, image names) of each record that can be used."""
-        silent = None if self.problems.tell else True  # None: on a terminal only
+        silent = None if self.problems.notify else True  # None: on a terminal only
         records = tqdm(read_records(data_path), desc=str(data_path), unit=" records", disable=silent)
         records, placeholder = enumerate(records), config.image_special_token
         for block in chunked(records, 4096):
@@ -116,18 +116,20 @@ class VLMDataset(Dataset):
             encoded = encode_conversations(tokenizer, [turns for _, turns, _ in parsed], config)
             for (number, _, names), (ids, answers) in zip(parsed, encoded, strict=True):
                 if len(ids) > max_seq_len:
-                    tokens, images = fitting(ids, max_seq_len, config)
+                    tokens, images = truncate_at_image(ids, max_seq_len, config)
                     ids, answers, names = ids[:tokens], answers[:tokens], names[:images]
-                    self.cut_off += answers.any()
+                    self.num_truncated += answers.any()
                 if answers.any():
                     yield number, ids, answers, names
                 else:
                     long = f"{data_path}, record {number}: its answers lie beyond --max_seq_len {max_seq_len}"
                     self.problems.add(BadRecord("answer beyond --max_seq_len", long), number)
-        if self.cut_off and self.problems.tell:
-            self.problems.tell(f"{self.cut_off} records lose the end of an answer at --max_seq_len {max_seq_len}")
+        if self.num_truncated and self.problems.notify:
+            self.problems.notify(
+                f"{self.num_truncated} records lose the end of an answer at --max_seq_len {max_seq_len}"
+            )
         self.problems.total = number + 1
-        self.problems.check()
+        self.problems.raise_if_too_many()
 
     @property
     def lengths(self):
@@ -135,30 +137,34 @@ class VLMDataset(Dataset):
         return np.diff(self.ids.offsets)
 
     def image_path(self, row):
-        return self.images_path / f"{self.coco_prefix}{self.names[row].tobytes().decode()}"
+        return self.images_path / f"{self.coco_prefix}{self.image_names[row].tobytes().decode()}"
 
     @property
     def image_paths(self):
         """The files of all pictures, each once, in the order of a FeatureCache's rows."""
-        return map(self.image_path, range(len(self.names)))
+        return map(self.image_path, range(len(self.image_names)))
+
+    def use_features(self, features):
+        """From now on items carry rows of this FeatureCache over `image_paths`; pixels again if it is None."""
+        self.features = features
 
     def __len__(self):
-        return len(self.numbers)
+        return len(self.record_numbers)
 
     def __getitem__(self, index):
         problems = []
-        for i in range(MOST_IN_A_ROW):
+        for i in range(MAX_BAD_IN_A_ROW):
             other = (index + i) % len(self)
             try:
                 return {**self.item(other), "problems": problems}
             except BadRecord as problem:
-                problems.append((problem, self.numbers[other].item()))
-        raise BadInput(f"{MOST_IN_A_ROW} records in a row can't be used; the last: {problems[-1][0]}")
+                problems.append((problem, self.record_numbers[other].item()))
+        raise BadInput(f"{MAX_BAD_IN_A_ROW} records in a row can't be used; the last: {problems[-1][0]}")
 
     def item(self, index):
         """A record as it is in the file. BadRecord if one of its pictures can't be read."""
-        ids, rows = self.ids[index].astype(np.int64), self.rows[index]
-        item = {"input_ids": ids, "labels": np.where(self.answers[index], ids, -100)}
+        ids, rows = self.ids[index].astype(np.int64), self.image_rows[index]
+        item = {"input_ids": ids, "labels": np.where(self.is_answer[index], ids, -100)}
         if self.features is not None:
             item["image_features"] = self.features[rows]
         else:
@@ -209,7 +215,7 @@ class Pictures(Dataset):
         self.dataset = dataset
 
     def __len__(self):
-        return len(self.dataset.names)
+        return len(self.dataset.image_names)
 
     def __getitem__(self, row):
         """(pixels, None), or for a picture that can't be read a black one and (reason, message)."""

@@ -134,47 +134,47 @@ def make_record(images, turns, **extra):
 class Problems:
     """Records that can't be used, counted by reason.
 
-    strict: the first one ends the run; more than `most` of them, as a fraction of the `total`, do so anyway.
-    tell: called with a line about the first of each reason, or None. total: records in the data, None until all have been seen.
+    strict: the first one ends the run; more than `max_fraction` of them, as a fraction of the `total`, do so anyway.
+    notify: called with a line about the first of each reason, or None. total: records in the data, None until all have been seen.
     """
 
-    def __init__(self, strict=True, most=0.0, tell=None):
-        self.strict, self.most, self.tell, self.total = strict, most, tell, None
-        self.numbers = {}  # reason -> numbers of such records
+    def __init__(self, strict=True, max_fraction=0.0, notify=None):
+        self.strict, self.max_fraction, self.notify, self.total = strict, max_fraction, notify, None
+        self.by_reason = {}  # reason -> numbers of such records
 
     def add(self, problem, number):
         """Counts a record once, however often it is met. BadInput if that makes too many."""
         if self.strict:
             raise BadInput(str(problem))
-        numbers = self.numbers.setdefault(problem.reason, set())
-        if self.tell and not numbers:
-            self.tell(f"left out, as are others like it: {problem}")
+        numbers = self.by_reason.setdefault(problem.reason, set())
+        if self.notify and not numbers:
+            self.notify(f"left out, as are others like it: {problem}")
         numbers.add(number)
         if self.total:
-            self.check()
+            self.raise_if_too_many()
 
     def take(self, batch):
         """Counts what a batch of `collate` tells of, and takes it out."""
         for problem, number in batch.pop("problems"):
             self.add(problem, number)
 
-    def check(self):
+    def raise_if_too_many(self):
         """BadInput if there are too many."""
-        if self.count > self.most * self.total:
+        if self.count > self.max_fraction * self.total:
             raise BadInput(
-                f"{self}, over --max_bad_fraction {self.most:g} of {self.total}: mend the data, or allow more"
+                f"{self}, over --max_bad_fraction {self.max_fraction:g} of {self.total}: mend the data, or allow more"
             )
 
     def merge(self, others):
         """Takes over what other processes, or an earlier part of the run, have counted."""
         for numbers in others:
             for reason, some in numbers.items():
-                self.numbers.setdefault(reason, set()).update(some)
+                self.by_reason.setdefault(reason, set()).update(some)
 
     @property
     def count(self):
-        return sum(map(len, self.numbers.values()))
+        return sum(map(len, self.by_reason.values()))
 
     def __str__(self):
-        parts = [f"{len(numbers)} {reason}" for reason, numbers in self.numbers.items()]
+        parts = [f"{len(numbers)} {reason}" for reason, numbers in self.by_reason.items()]
         return f"{self.count} records left out ({', '.join(parts)})"

@@ -168,21 +168,21 @@ def test_wrong_records_are_left_out_and_counted(tmp_path, tokenizer, name):
     wrong, reason, says = WRONG[name]
     good = {"image": "a.png", "conversations": talk("<image>", "x")}
     told = []
-    dataset = load(tmp_path, [good, wrong, wrong, good], tokenizer, strict=False, most=0.5, tell=told.append)
-    assert len(dataset) == 2 and dataset.problems.numbers == {reason: {1, 2}}
+    dataset = load(tmp_path, [good, wrong, wrong, good], tokenizer, strict=False, max_fraction=0.5, notify=told.append)
+    assert len(dataset) == 2 and dataset.problems.by_reason == {reason: {1, 2}}
     (line,) = told  # of several of a kind, the first
     assert "data.json, record 1: " in line and says in line
     with pytest.raises(BadInput, match="record 1"):
         load(tmp_path, [good, wrong], tokenizer, strict=True)
     with pytest.raises(BadInput, match=f"2 records left out .2 {reason}., over --max_bad_fraction 0.4 of 4"):
-        load(tmp_path, [good, wrong, wrong, good], tokenizer, strict=False, most=0.4)
+        load(tmp_path, [good, wrong, wrong, good], tokenizer, strict=False, max_fraction=0.4)
 
 
 def test_the_fraction_is_of_the_whole_file(tmp_path, tokenizer):
     """A night's data may have all its bad records in one place."""
     records = [{"image": "a.png", "conversations": talk("<image>", "x")}] * 9000
     records[5000:5400] = [5] * 400
-    dataset = load(tmp_path, records, tokenizer, strict=False, most=0.05)
+    dataset = load(tmp_path, records, tokenizer, strict=False, max_fraction=0.05)
     assert dataset.problems.count == 400 and dataset.problems.total == 9000
 
 

@@ -166,8 +166,8 @@ def test_wholly_cut_answers_are_dropped_and_counted(tmp_path, tokenizer):
     ]
     two_turns["image"] = "a.png, b.png"
     path = write(tmp_path, [long_question, record("<image>\n颜色"), two_turns])
-    dataset = load(path, tokenizer, max_seq_len=100, strict=False, most=0.5)
-    assert dataset.problems.numbers == {"answer beyond --max_seq_len": {0}} and len(dataset) == 2
+    dataset = load(path, tokenizer, max_seq_len=100, strict=False, max_fraction=0.5)
+    assert dataset.problems.by_reason == {"answer beyond --max_seq_len": {0}} and len(dataset) == 2
     cut = dataset[1]
     assert len(cut["input_ids"]) <= 100 and len(cut["pixel_values"]) == 1  # the second picture lies beyond the cut
     assert placeholders(cut["input_ids"].tolist(), config_for(tokenizer))[0] == 1

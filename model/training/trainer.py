@@ -72,7 +72,7 @@ def prepare(args, weights, allow_missing_projector, saved, first):
         config.vision_bias = bool(saved) and f"{PROJECTOR}vision_proj.0.bias" in saved["model"]
         model = MiniMindVLM(config)
     sizes = (args.max_seq_len, encoder.image_size)
-    strictness = {"strict": args.strict, "most": args.max_bad_fraction, "tell": tell if first else None}
+    strictness = {"strict": args.strict, "max_fraction": args.max_bad_fraction, "notify": tell if first else None}
     dataset, held_out = (
         path and VLMDataset(path, args.images_path, tokenizer, config, *sizes, **strictness)
         for path in (args.data_path, args.val_path)
@@ -274,7 +274,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "since": [self.sums, self.streak, self.skipped],
             "wandb_id": self.wandb_id,
-            "problems": {reason: sorted(numbers) for reason, numbers in self.problems.numbers.items()},
+            "problems": {reason: sorted(numbers) for reason, numbers in self.problems.by_reason.items()},
             "history": json.dumps(self.history),
         }
 
@@ -301,7 +301,7 @@ class Run:
 
     def save(self):
         """Weights and resume state; what is there already stays until the new is whole. False if that failed."""
-        self.problems.merge(self.processes.gather(self.problems.numbers))
+        self.problems.merge(self.processes.gather(self.problems.by_reason))
         if not self.processes.first:
             return True
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
@@ -354,7 +354,7 @@ class Run:
         if log:
             if self.problems.count:
                 print(self.problems)
-            log.close({reason: len(numbers) for reason, numbers in self.problems.numbers.items()})
+            log.close({reason: len(numbers) for reason, numbers in self.problems.by_reason.items()})
         self.processes.wait()
         self.end(stop, saved)
 

@@ -122,7 +122,7 @@ def original(args, model, encoder, dataset, batches):
             item = dataset[number]
             input_ids[row, : len(item["input_ids"])] = torch.from_numpy(item["input_ids"])
             labels[row, : len(item["labels"])] = torch.from_numpy(item["labels"])
-            path = dataset.image_path(dataset.rows[number][0])
+            path = dataset.image_path(dataset.image_rows[number][0])
             pictures.append(normalise(read_pixels(path, encoder.image_size)[None]))
         input_ids, labels = input_ids.to(device), labels.to(device)
         features = []

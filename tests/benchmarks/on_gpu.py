@@ -103,10 +103,10 @@ class Bench:
         make_records(file, self.tokenizer, stage, self.names)
         places = file, self.folder / "images"
         dataset = VLMDataset(*places, self.tokenizer, self.config(encoder), 512, encoder.image_size, strict=True)
-        for column in (dataset.ids, dataset.answers, dataset.rows):
+        for column in (dataset.ids, dataset.is_answer, dataset.image_rows):
             lengths = column.offsets.diff().repeat(repeat)
             column.values, column.offsets = column.values.repeat(repeat), F.pad(lengths.cumsum(0), (1, 0))
-        dataset.numbers = dataset.numbers.repeat(repeat)
+        dataset.record_numbers = dataset.record_numbers.repeat(repeat)
         return dataset
 
     def arguments(self, *flags, device=None):
@@ -219,7 +219,7 @@ def correctness(bench):
                 check_for_waiting(run)
             except RuntimeError as error:
                 said = traceback.format_exc().strip().splitlines()[-3].strip() + str(error).splitlines()[0]
-            dataset.features = None
+            dataset.use_features(None)
             name = f"waits in a step, {' '.join(flags) or 'bfloat16'}"
             bench.row("correctness", check=name, value=said, limit="none", ok=said == "none")
 
@@ -322,7 +322,7 @@ def one_run(bench, encoder, dataset, roof, stage, size, batch_size, flags):
     if NO_GRAPHS in flags:
         run.gradients = run.backward
     figures = measure(args, run, dataset, roof)
-    dataset.features = None
+    dataset.use_features(None)
     if batch_size == 16 and size == next(iter(bench.sizes)) and not flags:
         batches = list(run.sampler)[:2]
         reference = bench.encoder()  # the original's CLIP was in float32
