@@ -120,7 +120,7 @@ HEADER = "image,caption,question\n"
         ("my.csv", HEADER + "notes.txt,red\n", r"line 2: photos/notes.txt could not .* JPEG or PNG"),
         ("my.csv", HEADER + '"c, d.png",red\n', "line 2: rename the picture 'c, d.png'"),
         ("my.csv", HEADER + '"a.png, b.jpg",red,"And <image>?"\n', "line 2: 2 images in 'image', but 1 <image>"),
-        ("my.csv", HEADER + 'a.png,red\na.png,"red\na.png,blue\n', "line 3: a quotation mark is missing"),
+        ("my.csv", HEADER + 'a.png,red\na.png,"red\na.png,blue\n', "line 3: a missing or extra quotation mark"),
         ("my.csv", HEADER + "a.png,red,What?,or\n", "line 2: more cells"),
         ("my.jsonl", "\n{'image': 'a.png'}\n", "my.jsonl, line 2: not valid JSON"),
         ("my.jsonl", '["a.png", "red"]', "line 1: should be an object"),
