@@ -87,7 +87,7 @@ def chunked(items, size):
 
 
 def coco_prefix(folder, name):
-    """`COCO_train2014_` if the folder's files have that prefix and the records, one of which names `name`, don't; else ""."""
+    """`COCO_train2014_` if the folder's files have that prefix and the records' names don't, else "". name: one of them."""
     prefixed = not (folder / name).exists() and (folder / f"{COCO_PREFIX}{name}").exists()
     return COCO_PREFIX if prefixed else ""
 

@@ -1,4 +1,4 @@
-"""Records and pictures that can't be used, kind by kind, and what becomes of a training that meets them."""
+"""Records and pictures that can't be used, kind by kind, and what training does with them."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ def turned_oddly(path):
 
 
 def seen_through(path):
-    """Red in the upper half, and below it a black that is wholly transparent."""
+    """Red in the upper half, and below it black that is fully transparent."""
     image = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
     image.paste((*RED, 255), (0, 0, 40, 20))
     image.save(path)
@@ -129,7 +129,7 @@ WRONG = {  # record -> the reason that is counted, and what the message says
         "images and <image> differ",
         "2 images in 'image', but 1 <image>",
     ),
-    "answer cut off": (
+    "answer truncated": (
         {"image": "", "conversations": talk("圆" * 600, "x")},
         "answer beyond --max_seq_len",
         "its answers lie beyond --max_seq_len 512",
@@ -155,7 +155,7 @@ def test_odd_pictures_are_used_properly(tmp_path, tokenizer, name):
 
 
 @pytest.mark.parametrize("name", LEFT_OUT)
-def test_bad_pictures_are_replaced_and_told(tmp_path, tokenizer, name):
+def test_bad_pictures_are_replaced_and_reported(tmp_path, tokenizer, name):
     make, reason = LEFT_OUT[name]
     make(tmp_path / name)
     records = [{"image": picture, "conversations": talk("<image>", "x")} for picture in (name, "a.png", "a.png")]
@@ -171,10 +171,12 @@ def test_bad_pictures_are_replaced_and_told(tmp_path, tokenizer, name):
 def test_wrong_records_are_left_out_and_counted(tmp_path, tokenizer, name):
     wrong, reason, says = WRONG[name]
     good = {"image": "a.png", "conversations": talk("<image>", "x")}
-    told = []
-    dataset = load(tmp_path, [good, wrong, wrong, good], tokenizer, strict=False, max_fraction=0.5, notify=told.append)
+    messages = []
+    dataset = load(
+        tmp_path, [good, wrong, wrong, good], tokenizer, strict=False, max_fraction=0.5, notify=messages.append
+    )
     assert len(dataset) == 2 and dataset.problems.by_reason == {reason: {1, 2}}
-    (line,) = told  # of several of a kind, the first
+    (line,) = messages  # one per reason, about the first
     assert "data.json, record 1: " in line and says in line
     with pytest.raises(BadInput, match="record 1"):
         load(tmp_path, [good, wrong], tokenizer, strict=True)
@@ -183,7 +185,7 @@ def test_wrong_records_are_left_out_and_counted(tmp_path, tokenizer, name):
 
 
 def test_the_fraction_is_of_the_whole_file(tmp_path, tokenizer):
-    """A night's data may have all its bad records in one place."""
+    """The bad records may all stand in one part of the file."""
     records = [{"image": "a.png", "conversations": talk("<image>", "x")}] * 9000
     records[5000:5400] = [5] * 400
     dataset = load(tmp_path, records, tokenizer, strict=False, max_fraction=0.05)
@@ -245,7 +247,7 @@ COUNTED = {"unpaired turns": 1, "picture missing": 1, "picture unreadable": 1}
 ALLOWED = ["--max_bad_fraction", 0.1]
 
 
-def test_a_training_goes_on_and_counts(spoilt):
+def test_training_continues_and_counts(spoilt):
     text = run_whole(spoilt, *ALLOWED)
     assert len(losses(spoilt)) == 18  # 46 of 47 records, in batches of 8, 3 epochs
     assert text.count("skipping this record, and others like it: ") == 3  # once each, not once an epoch
