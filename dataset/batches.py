@@ -1,4 +1,4 @@
-"""Batch samplers: which samples stand together in a batch, in which order, and which process has them."""
+"""Batch samplers: which samples share a batch, in which order batches come, and which process gets them."""
 
 import math
 
@@ -6,123 +6,155 @@ import numpy as np
 
 from model.errors import BadInput
 
+from .records import chunked
 
-class LengthBatches:
-    """Batch sampler: a new random order each epoch, in which every batch holds samples of like length.
 
-    Each group of 64 global batches of the shuffled order is sorted by length, cut into batches, and the batches are
-    shuffled again. All processes draw the same order. A global batch has `size` samples: rank r takes every world-th of
-    them from r on, and yields them as `parts` batches of `batch_size`, so that the samples of a step don't depend on how
-    they are divided. The last global batch of an epoch may be smaller; the fewer than `world` samples that can't be dealt
-    evenly are left out of that epoch.
+class StepBatches:
+    """Base of the two training samplers: the samples, this process's rank, and the point in training to start at.
 
-    indices: the samples to use; lengths: of all samples. BadInput if a step has fewer samples than there are processes.
+    For each optimizer step they yield `micro_batches` lists of sample indices on every process. All processes draw the same
+    order and deal out the same step, so what a step contains doesn't depend on the number of processes.
+
+    indices: the samples to use; lengths: of all samples, in tokens. step_size: how many `unit` all processes share in a
+    step. BadInput if that is less than one for each process.
     """
 
-    def __init__(self, indices, lengths, size, batch_size, rank=0, world=1, seed=0):
-        self.indices, self.lengths, self.size, self.batch_size = indices, lengths[indices], size, batch_size
-        self.rank, self.world, self.seed = rank, world, seed
-        if size < world:
-            raise BadInput(f"{world} processes can't share the {size} samples of a step: resume with at most {size}")
+    unit = None  # "samples" or "batches"
+
+    def __init__(self, indices, lengths, step_size, rank, world, seed):
+        if step_size < world:
+            raise BadInput(
+                f"{world} processes can't share the {step_size} {self.unit} of a step: resume with at most {step_size}"
+            )
+        self.indices = indices
+        self.lengths = lengths[indices]
+        self.step_size = step_size
+        self.rank = rank
+        self.world = world
+        self.seed = seed
         self.begin(0)
 
     def begin(self, epoch, done=0):
-        """Sets the epoch that is iterated next, and how many of its global batches have been seen already."""
-        self.epoch, self.done = epoch, done
+        """Sets which epoch is iterated next, and how many of its steps to skip because they are done."""
+        self.epoch = epoch
+        self.done = done
+
+
+class LengthBatches(StepBatches):
+    """Batches of `batch_size` samples of similar length, in a new random order each epoch.
+
+    A step has `samples_per_step` samples over all processes. Each group of 64 steps of the shuffled order is sorted by
+    length and divided into steps, which are then shuffled again. Rank r takes every world-th sample of a step, starting
+    at r. The last step of an epoch may be smaller; the fewer than `world` samples that can't be dealt evenly are left out
+    of that epoch.
+    """
+
+    unit = "samples"
+
+    def __init__(self, indices, lengths, samples_per_step, batch_size, rank=0, world=1, seed=0):
+        super().__init__(indices, lengths, samples_per_step, rank, world, seed)
+        self.samples_per_step = samples_per_step
+        self.batch_size = batch_size
 
     @property
     def steps(self):
-        """Global batches an epoch."""
-        return len(self.indices) // self.size + (len(self.indices) % self.size >= self.world)
+        """Optimizer steps per epoch."""
+        full, rest = divmod(len(self.indices), self.samples_per_step)
+        return full + (rest >= self.world)
 
     @property
-    def parts(self):
-        """Batches that this process yields of a whole global batch."""
-        return math.ceil(len(range(self.rank, self.size, self.world)) / self.batch_size)
+    def micro_batches(self):
+        """Batches that this process yields for a full step."""
+        own_samples = len(range(self.rank, self.samples_per_step, self.world))
+        return math.ceil(own_samples / self.batch_size)
 
     def __len__(self):
-        left = len(self.indices) % self.size // self.world
-        return self.parts * (len(self.indices) // self.size) + math.ceil(left / self.batch_size)
+        full, rest = divmod(len(self.indices), self.samples_per_step)
+        return self.micro_batches * full + math.ceil(rest // self.world / self.batch_size)
 
     def __iter__(self):
+        # a new order for each epoch, the same on all processes
         rng = np.random.default_rng([self.seed, self.epoch])
         order = rng.permutation(len(self.indices))
-        # a stable sort by (group, length) keeps the random order among samples of the same length
-        order = order[np.lexsort((self.lengths[order], np.arange(len(order)) // (64 * self.size)))]
-        whole = len(order) // self.size
-        for i in [*rng.permutation(whole), *range(whole, self.steps)][self.done :]:  # the smaller one is the last
-            batch = order[i * self.size : (i + 1) * self.size]
-            if i == whole:
-                batch = batch[: len(batch) // self.world * self.world]
-            yield from cut_up(self.indices[batch[self.rank :: self.world]], self.batch_size)
+
+        # sort each group by length; lexsort is stable, so samples of the same length stay shuffled
+        group = np.arange(len(order)) // (64 * self.samples_per_step)
+        order = order[np.lexsort((self.lengths[order], group))]
+
+        # shuffle the full steps; the smaller one, if there is one, stays last
+        full = len(order) // self.samples_per_step
+        steps = [*rng.permutation(full), *range(full, self.steps)]
+
+        for i in steps[self.done :]:
+            step = order[i * self.samples_per_step : (i + 1) * self.samples_per_step]
+            # the smaller step: only as many samples as give every process the same number
+            if i == full:
+                step = step[: len(step) // self.world * self.world]
+            # this process's share, in micro-batches
+            own = self.indices[step[self.rank :: self.world]]
+            yield from chunked(own.tolist(), self.batch_size)
 
 
-class TokenBatches:
-    """Batch sampler: as many samples of like length a batch as fit into `batch_tokens`, padding included.
+class TokenBatches(StepBatches):
+    """Batches of as many samples of similar length as fit into `batch_tokens`, padding included.
 
-    Where a batch ends hangs on the lengths alone, which are sorted from long to short; the order among samples of the same
-    length, and that of the batches, is a new one each epoch. A step has `size` batches, of which rank r takes every world-th,
-    so that they don't depend on how they are dealt. The last step's may be smaller; fewer than `size` samples are left out.
-
-    indices, lengths: as in `LengthBatches`. BadInput if the longest sample alone is longer than a batch.
+    A step has `batches_per_step` batches over all processes; rank r takes every world-th of them, starting at r. Batch
+    boundaries depend only on the lengths, sorted from long to short; each epoch shuffles the samples of the same length,
+    and the steps. The last step may have smaller batches; fewer than `batches_per_step` samples are left out.
+    BadInput if the longest sample alone exceeds a batch.
     """
 
-    def __init__(self, indices, lengths, batch_tokens, size, rank=0, world=1, seed=0):
-        self.indices, self.lengths, self.size = indices, lengths[indices], size
-        self.rank, self.world, self.seed = rank, world, seed
-        rounded = np.sort(-self.lengths) // 8 * -8  # as `collate` rounds, from long to short
-        if rounded[0] > batch_tokens:
-            raise BadInput(f"the longest sample has {rounded[0]} tokens, over --batch_tokens {batch_tokens}: raise it")
-        if size < world:
-            raise BadInput(f"{world} processes can't share the {size} batches of a step: resume with at most {size}")
-        self.cuts = [0]  # where each step's samples begin, and the last one's end
-        while len(rounded) - self.cuts[-1] >= size:
-            samples = min(batch_tokens // rounded[self.cuts[-1]], (len(rounded) - self.cuts[-1]) // size)
-            self.cuts.append(self.cuts[-1] + int(samples) * size)
-        self.begin(0)
+    unit = "batches"
 
-    def begin(self, epoch, done=0):
-        """Sets the epoch that is iterated next, and how many of its steps have been seen already."""
-        self.epoch, self.done = epoch, done
+    def __init__(self, indices, lengths, batch_tokens, batches_per_step, rank=0, world=1, seed=0):
+        super().__init__(indices, lengths, batches_per_step, rank, world, seed)
+        self.batches_per_step = batches_per_step
+        padded = np.sort(-self.lengths) // 8 * -8  # rounded up to 8 as `collate` does, from long to short
+        if padded[0] > batch_tokens:
+            raise BadInput(f"the longest sample has {padded[0]} tokens, over --batch_tokens {batch_tokens}: raise it")
+
+        # step i has the samples from bounds[i] to bounds[i + 1]; its longest sample decides how many fit into a batch
+        self.bounds = [0]
+        while (left := len(padded) - self.bounds[-1]) >= batches_per_step:
+            longest = padded[self.bounds[-1]]
+            samples_per_batch = min(batch_tokens // longest, left // batches_per_step)
+            self.bounds.append(self.bounds[-1] + int(samples_per_batch) * batches_per_step)
 
     @property
     def steps(self):
-        """Optimizer steps an epoch."""
-        return len(self.cuts) - 1
+        """Optimizer steps per epoch."""
+        return len(self.bounds) - 1
 
     @property
-    def parts(self):
+    def micro_batches(self):
         """Batches that this process yields for each step."""
-        return len(range(self.rank, self.size, self.world))
+        return len(range(self.rank, self.batches_per_step, self.world))
 
     def __len__(self):
-        return self.parts * self.steps
+        return self.micro_batches * self.steps
 
     def __iter__(self):
+        # shuffle, then sort from long to short; the sort is stable, so samples of the same length stay shuffled
         rng = np.random.default_rng([self.seed, self.epoch])
         order = rng.permutation(len(self.indices))
         order = self.indices[order[np.argsort(-self.lengths[order], kind="stable")]]
+
+        # steps in random order; their samples are dealt to the batches in turn
         for i in rng.permutation(self.steps)[self.done :]:
-            step = order[self.cuts[i] : self.cuts[i + 1]]
-            for batch in range(self.rank, self.size, self.world):
-                yield step[batch :: self.size].tolist()
+            step = order[self.bounds[i] : self.bounds[i + 1]]
+            for batch in range(self.rank, self.batches_per_step, self.world):
+                yield step[batch :: self.batches_per_step].tolist()
 
 
 class SortedBatches:
-    """Batch sampler for measuring: each sample once, in batches of like length; rank r takes every world-th batch."""
+    """Batch sampler for validation: each sample once, in batches of similar length; rank r takes every world-th batch."""
 
     def __init__(self, indices, lengths, batch_size, rank=0, world=1):
-        batches = cut_up(indices[np.argsort(lengths[indices], kind="stable")], batch_size)
-        self.batches = list(batches)[rank::world]
+        by_length = indices[np.argsort(lengths[indices], kind="stable")]
+        self.batches = list(chunked(by_length.tolist(), batch_size))[rank::world]
 
     def __len__(self):
         return len(self.batches)
 
     def __iter__(self):
         return iter(self.batches)
-
-
-def cut_up(indices, size):
-    """An array as lists of `size` of its numbers, the last one possibly shorter."""
-    for begin in range(0, len(indices), size):
-        yield indices[begin : begin + size].tolist()

@@ -1,4 +1,4 @@
-"""Reads a whole file of records and all its pictures, before a training does, and tells what can't be used, and why.
+"""Reads a file of records and all its pictures before training does; reports which can't be used, and why.
 
 python -m dataset.check dataset/pretrain_vlm_data.json --images_path dataset/pretrain_images
 """
@@ -21,33 +21,47 @@ from model.stages import DEMO_MODEL
 
 from .dataset import Pictures, VLMDataset, collate_pictures
 
+IMAGE_SIZE = 32  # pixels; small, as only whether a picture can be read matters
+BIN = 32  # tokens per line of the histogram
 
-def check(dataset, workers):
-    """Opens all pictures of a VLMDataset, and adds to its `problems` the records whose pictures can't be read."""
+
+def check_pictures(dataset, workers):
+    """Opens all pictures of a VLMDataset and adds the records whose pictures can't be read to its `problems`."""
     pictures = Pictures(dataset)
     loader = DataLoader(pictures, batch_size=64, collate_fn=collate_pictures, num_workers=workers)
-    bad = {}
+    bad = {}  # row of a picture -> BadRecord
+    row = 0
     with tqdm(total=len(pictures), unit="picture", desc="pictures") as bar:
-        for pixels, problems in loader:
-            bad.update((bar.n + i, BadRecord(*problem)) for i, problem in enumerate(problems) if problem)
-            bar.update(len(pixels))
-    for index, number in enumerate(dataset.numbers.tolist()):
-        for row in bad.keys() & set(dataset.rows[index].tolist()):
+        for _, problems in loader:
+            for problem in problems:
+                if problem:
+                    bad[row] = BadRecord(*problem)
+                row += 1
+            bar.update(len(problems))
+
+    # a bad picture spoils every record that names it
+    for index, number in enumerate(dataset.record_numbers.tolist()):
+        for row in bad.keys() & set(dataset.image_rows[index].tolist()):
             dataset.problems.add(bad[row], number)
 
 
 def report(dataset):
-    """What `check` found, and how long the records are, as text."""
-    numbers = dataset.problems.numbers
-    good = dataset.problems.total - len(set().union(*numbers.values()))
-    lines = [f"{dataset.problems.total:,} records, {good:,} can be used"]
-    lines += [f"  {len(some):,} left out: {reason}" for reason, some in numbers.items()]
+    """The problems found and a histogram of the records' lengths, as text."""
+    total = dataset.problems.total
+    by_reason = dataset.problems.by_reason
+    bad = set().union(*by_reason.values())
+    lines = [f"{total:,} records, {total - len(bad):,} can be used"]
+    lines += [f"  {len(numbers):,} skipped: {reason}" for reason, numbers in by_reason.items()]
+
     lengths = dataset.lengths
-    lines.append(f"{lengths.sum():,} tokens, {lengths.mean():.0f} a record, of which {dataset.cut_off:,} are cut off")
-    counts, edges = np.histogram(lengths, bins=np.arange(0, lengths.max() + 32, 32))
+    lines.append(
+        f"{lengths.sum():,} tokens, {lengths.mean():.0f} a record on average; {dataset.num_truncated:,} records are truncated"
+    )
+    counts, edges = np.histogram(lengths, bins=np.arange(0, lengths.max() + BIN, BIN))
     for count, edge in zip(counts, edges, strict=False):
         if count:
-            lines.append(f"  {edge:>5} to {edge + 31:<5}{count:>10,}  {'#' * math.ceil(60 * count / counts.max())}")
+            bar = "#" * math.ceil(60 * count / counts.max())
+            lines.append(f"  {edge:>5} to {edge + BIN - 1:<5}{count:>10,}  {bar}")
     return "\n".join(lines)
 
 
@@ -62,9 +76,11 @@ def main():
     args = parse_with_demo(parser, demo)
     tokenizer = load_tokenizer(args.tokenizer_path)
     config = LMConfig(**tokenizer_fields(tokenizer))
-    strictness = {"strict": False, "most": 1.0, "tell": tqdm.write}
-    dataset = VLMDataset(args.file, args.images_path, tokenizer, config, args.max_seq_len, 32, **strictness)
-    check(dataset, args.num_workers)
+
+    # any number of bad records is tolerated: all of them should be reported
+    strictness = {"strict": False, "max_fraction": 1.0, "notify": tqdm.write}
+    dataset = VLMDataset(args.file, args.images_path, tokenizer, config, args.max_seq_len, IMAGE_SIZE, **strictness)
+    check_pictures(dataset, args.num_workers)
     print(report(dataset))
     sys.exit(bool(dataset.problems.count))
 

@@ -1,9 +1,22 @@
 """Records in, items of token ids, labels and pixels, and batches of them out.
 
-Shapes: B batch, T tokens, N images in the batch, P tokens per image, V vision width, S size of a picture in pixels.
+From one record to its loss, and the file in which each step is decided:
+
+    1. the record is read; its turns and its number of images are checked   records.py
+    2. turns become token ids and flags; the tokens of every assistant turn
+       and the `</s>` that ends it are flagged as answer                    model/conversation.py
+    3. ids beyond max_seq_len are truncated, never within an image          here, truncate_at_image
+    4. labels are the ids where flagged, -100 everywhere else               here, VLMDataset.item
+    5. a batch is padded to its longest item, labels with -100              here, collate
+    6. label_positions: the tokens whose next token has a label             here, collate, with model/model.py
+    7. shift by one: the logits at position t predict the label at t + 1    model/model.py
+    8. the loss is summed over the batch, and divided by the answer tokens  model/training/trainer.py counts them,
+       in all batches of the step on all processes                          model/model.py divides
+
+Shapes: B batch, T tokens, N images in the batch, n images of an item, P tokens per image, V vision width, S image size in
+pixels, L labels in the batch.
 """
 
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,41 +30,88 @@ from model.errors import BadInput, BadRecord
 from model.images import read_pixels
 from model.model import positions_before_labels
 
-from .records import Problems, coco_prefix, parse_record, read_records
+from .records import Problems, chunked, coco_prefix, parse_record, read_records
 
-MOST_IN_A_ROW = 100  # bad records that are passed over for one good one
+BLOCK = 4096  # records that are tokenised at once
+MAX_BAD_IN_A_ROW = 100  # unusable records that are skipped in search of the next good one
 
 
-def fitting(ids, limit, config):
-    """How many tokens of a conversation, and how many images, fit into `limit` tokens without a part of an image."""
-    ids, image = ids.tolist(), config.image_ids
-    place, images = 0, 0
-    while place < limit:
-        if ids[place] != image[0] or ids[place : place + len(image)] != image:
-            place += 1
-        elif place + len(image) > limit:
-            return place, images
+# --- records -> token ids -------------------------------------------------------------------------------------------
+
+
+def encode_records(data_path, tokenizer, config, max_seq_len, problems):
+    """Yields (record number, ids (T,), is_answer (T,), image names, truncated) of each record that can be used.
+
+    The other records are counted in `problems`; so is, at the end, the total of all records.
+    """
+    # without `notify`, another process reports; None: a bar on terminals only
+    silent = None if problems.notify else True
+    records = tqdm(read_records(data_path), desc=str(data_path), unit=" records", disable=silent)
+    for block in chunked(enumerate(records), BLOCK):
+        # check each record's form
+        parsed = []
+        for number, record in block:
+            try:
+                turns, names = parse_record(record, f"{data_path}, record {number}", config.image_special_token)
+                parsed.append((number, turns, names))
+            except BadRecord as problem:
+                problems.add(problem, number)
+
+        # tokenise the whole block at once, which is faster than one by one
+        encoded = encode_conversations(tokenizer, [turns for _, turns, _ in parsed], config)
+
+        for (number, _, names), (ids, is_answer) in zip(parsed, encoded, strict=True):
+            truncated = len(ids) > max_seq_len
+            if truncated:
+                num_tokens, num_images = truncate_at_image(ids, max_seq_len, config)
+                ids = ids[:num_tokens]
+                is_answer = is_answer[:num_tokens]
+                names = names[:num_images]
+            # a record that has lost all its answers has nothing left to learn
+            if is_answer.any():
+                yield number, ids, is_answer, names, truncated
+            else:
+                message = f"{data_path}, record {number}: its answers lie beyond --max_seq_len {max_seq_len}"
+                problems.add(BadRecord("answer beyond --max_seq_len", message), number)
+    problems.total = number + 1
+
+
+def truncate_at_image(ids, limit, config):
+    """(tokens, images) of a conversation to keep, so that at most `limit` tokens remain and no image is split."""
+    ids = ids.tolist()
+    image_ids = config.image_ids
+    position = 0
+    num_images = 0
+    while position < limit:
+        end = position + len(image_ids)
+        if ids[position] != image_ids[0] or ids[position:end] != image_ids:
+            position += 1
+        elif end > limit:
+            return position, num_images
         else:
-            place, images = place + len(image), images + 1
-    return limit, images
+            position = end
+            num_images += 1
+    return limit, num_images
 
 
-class Column:
-    """Many small arrays of one type, end to end in one tensor, which worker processes share; grown row by row.
+class RaggedArray:
+    """Many small arrays of one dtype, back to back in one tensor, which worker processes share.
 
-    Item i is a slice of it. It is filled with `add`, and read after `freeze`.
+    It is filled with `append`, and read after `freeze`: item i is a slice of the tensor, not a copy.
     """
 
     def __init__(self, dtype):
-        self.dtype, self.values, self.lengths = np.dtype(dtype), bytearray(), []
+        self.dtype = np.dtype(dtype)
+        self.values = bytearray()
+        self.lengths = []
 
-    def add(self, values):
+    def append(self, values):
         self.values += values.astype(self.dtype).tobytes()
         self.lengths.append(len(values))
 
     def freeze(self):
-        self.offsets = torch.from_numpy(np.cumsum([0, *self.lengths]))
-        self.values = torch.frombuffer(self.values or bytearray(1), dtype=torch.uint8)
+        self.offsets = torch.from_numpy(np.cumsum([0, *self.lengths]))  # (items + 1,), in elements
+        self.values = torch.frombuffer(self.values or bytearray(1), dtype=torch.uint8)  # (bytes,)
         del self.lengths
 
     def __len__(self):
@@ -63,72 +123,60 @@ class Column:
         return self.values[begin * size : end * size].numpy().view(self.dtype)
 
 
-class VLMDataset(Dataset):
-    """One record an item: `input_ids` (T,), `labels` (T,), and its pictures as `pixel_values` (n, 3, S, S) uint8.
+# --- token ids -> items ---------------------------------------------------------------------------------------------
 
-    Everything is tokenised once, here, into flat arrays that worker processes share. `labels` are the ids of the answers
-    and of the `</s>` that ends each; all else is -100. Records that can't be used, or whose answers lie wholly beyond
-    `max_seq_len`, are left out and counted in `problems`, whose arguments are `strictness`; `cut_off` counts those that lose
-    only their end. A record whose picture turns out to be bad when it is read is replaced by the next good one, so that
-    batches keep their size and resumed runs their place; items tell of it in `problems`. With `features` set (a
-    FeatureCache over `image_paths`), items carry `image_features` (n, P, V) instead of pixels and no picture is opened.
+
+class VLMDataset(Dataset):
+    """One item per record: `input_ids` (T,), `labels` (T,), and its images as `pixel_values`, a list of n (3, S, S) uint8.
+
+    The constructor reads and tokenises everything once, into flat arrays that worker processes share. Records that can't
+    be used, or whose answers all lie beyond `max_seq_len`, are skipped and counted in `problems`, a
+    `Problems(**strictness)`; `num_truncated` counts the records that lose a part. BadInput if none is left.
+
+    A record whose image turns out to be bad when it is opened is replaced by the next good one, so that batches keep their
+    size and resumed runs continue with the same samples; the item reports it in `problems`.
     """
 
     def __init__(self, data_path, images_path, tokenizer, config, max_seq_len, image_size, **strictness):
-        self.images_path, self.image_size = Path(images_path), image_size
-        self.features, self.cut_off = None, 0
+        self.images_path = Path(images_path)
+        self.image_size = image_size
         self.problems = Problems(**strictness)
+        self.features = None
         if not self.images_path.is_dir():
             raise BadInput(
                 f"{images_path} is not a folder: see dataset/README.md for the pictures, or use --images_path"
             )
-        row_of = {}  # image name -> its row in `names`
-        numbers = []
-        self.ids, self.answers = Column(np.min_scalar_type(config.vocab_size)), Column(bool)
-        self.rows, self.names = Column(np.int32), Column(np.uint8)
-        for number, ids, answers, names in self.read(data_path, tokenizer, config, max_seq_len):
-            numbers.append(number)
-            self.ids.add(ids)
-            self.answers.add(answers)
-            self.rows.add(np.array([row_of.setdefault(name, len(row_of)) for name in names]))
-        if not numbers:
-            raise BadInput(f"{data_path}: no record has an answer within --max_seq_len {max_seq_len} tokens")
-        for name in row_of:
-            self.names.add(np.frombuffer(name.encode(), np.uint8))
-        for column in (self.ids, self.answers, self.rows, self.names):
-            column.freeze()
-        self.numbers = torch.tensor(numbers)
-        self.coco_prefix = ""
-        if row_of:
-            self.coco_prefix = coco_prefix(self.images_path, next(iter(row_of)))
 
-    def read(self, data_path, tokenizer, config, max_seq_len):
-        """Yields (number, token ids, is_answer flags, image names) of each record that can be used."""
-        silent = None if self.problems.tell else True  # None: on a terminal only
-        records = tqdm(read_records(data_path), desc=str(data_path), unit=" records", disable=silent)
-        records, placeholder = enumerate(records), config.image_special_token
-        while block := list(islice(records, 4096)):
-            parsed = []
-            for number, record in block:
-                try:
-                    parsed.append((number, *parse_record(record, f"{data_path}, record {number}", placeholder)))
-                except BadRecord as problem:
-                    self.problems.add(problem, number)
-            encoded = encode_conversations(tokenizer, [turns for _, turns, _ in parsed], config)
-            for (number, _, names), (ids, answers) in zip(parsed, encoded, strict=True):
-                if len(ids) > max_seq_len:
-                    tokens, images = fitting(ids, max_seq_len, config)
-                    ids, answers, names = ids[:tokens], answers[:tokens], names[:images]
-                    self.cut_off += answers.any()
-                if answers.any():
-                    yield number, ids, answers, names
-                else:
-                    long = f"{data_path}, record {number}: its answers lie beyond --max_seq_len {max_seq_len}"
-                    self.problems.add(BadRecord("answer beyond --max_seq_len", long), number)
-        if self.cut_off and self.problems.tell:
-            self.problems.tell(f"{self.cut_off} records lose the end of an answer at --max_seq_len {max_seq_len}")
-        self.problems.total = number + 1
-        self.problems.check()
+        # per record: its token ids, which of them belong to an answer, and the rows of its images in `image_names`
+        self.ids = RaggedArray(np.min_scalar_type(config.vocab_size))
+        self.is_answer = RaggedArray(bool)
+        self.image_rows = RaggedArray(np.int32)
+        record_numbers = []
+        self.num_truncated = 0
+        row_of = {}  # image name -> row: images that several records share are kept once
+        encoded = encode_records(data_path, tokenizer, config, max_seq_len, self.problems)
+        for number, ids, is_answer, names, truncated in encoded:
+            record_numbers.append(number)
+            self.ids.append(ids)
+            self.is_answer.append(is_answer)
+            self.image_rows.append(np.array([row_of.setdefault(name, len(row_of)) for name in names]))
+            self.num_truncated += truncated
+        self.record_numbers = torch.tensor(record_numbers)
+
+        # per image: its name
+        self.image_names = RaggedArray(np.uint8)
+        for name in row_of:
+            self.image_names.append(np.frombuffer(name.encode(), np.uint8))
+        for array in (self.ids, self.is_answer, self.image_rows, self.image_names):
+            array.freeze()
+        self.coco_prefix = coco_prefix(self.images_path, next(iter(row_of))) if row_of else ""
+
+        # only the whole file shows whether too much of it is lost
+        if self.num_truncated and self.problems.notify:
+            self.problems.notify(f"{self.num_truncated} records are truncated at --max_seq_len {max_seq_len}")
+        self.problems.raise_if_too_many()
+        if not record_numbers:
+            raise BadInput(f"{data_path}: no record has an answer within --max_seq_len {max_seq_len} tokens")
 
     @property
     def lengths(self):
@@ -136,30 +184,42 @@ class VLMDataset(Dataset):
         return np.diff(self.ids.offsets)
 
     def image_path(self, row):
-        return self.images_path / f"{self.coco_prefix}{self.names[row].tobytes().decode()}"
+        name = self.image_names[row].tobytes().decode()
+        return self.images_path / f"{self.coco_prefix}{name}"
 
     @property
     def image_paths(self):
-        """The files of all pictures, each once, in the order of a FeatureCache's rows."""
-        return map(self.image_path, range(len(self.names)))
+        """The files of all images, each once, in the order of a FeatureCache's rows."""
+        return map(self.image_path, range(len(self.image_names)))
+
+    def use_features(self, features):
+        """Makes items carry `image_features` (n, P, V), from a FeatureCache over `image_paths`, instead of pixels.
+
+        No image is opened any more. None: pixels again.
+        """
+        self.features = features
 
     def __len__(self):
-        return len(self.numbers)
+        return len(self.record_numbers)
 
     def __getitem__(self, index):
+        """The item at `index`, or the next one that can be used; `problems` lists (problem, record number) of those skipped."""
         problems = []
-        for i in range(MOST_IN_A_ROW):
-            other = (index + i) % len(self)
+        for i in range(MAX_BAD_IN_A_ROW):
+            candidate = (index + i) % len(self)
             try:
-                return {**self.item(other), "problems": problems}
+                return {**self.item(candidate), "problems": problems}
             except BadRecord as problem:
-                problems.append((problem, self.numbers[other].item()))
-        raise BadInput(f"{MOST_IN_A_ROW} records in a row can't be used; the last: {problems[-1][0]}")
+                problems.append((problem, self.record_numbers[candidate].item()))
+        # so many bad ones in a row mean a wrong folder or a disk that is gone, not bad records
+        raise BadInput(f"{MAX_BAD_IN_A_ROW} records in a row can't be used; the last: {problems[-1][0]}")
 
     def item(self, index):
-        """A record as it is in the file. BadRecord if one of its pictures can't be read."""
-        ids, rows = self.ids[index].astype(np.int64), self.rows[index]
-        item = {"input_ids": ids, "labels": np.where(self.answers[index], ids, -100)}
+        """The record at `index` itself. BadRecord if one of its images can't be read."""
+        ids = self.ids[index].astype(np.int64)  # (T,)
+        labels = np.where(self.is_answer[index], ids, -100)  # (T,)
+        item = {"input_ids": ids, "labels": labels}
+        rows = self.image_rows[index]  # (n,)
         if self.features is not None:
             item["image_features"] = self.features[rows]
         else:
@@ -167,28 +227,38 @@ class VLMDataset(Dataset):
         return item
 
 
-def collate(items, few_shapes=False):
-    """Items -> `input_ids`, `labels` (B, T), T the longest rounded up to 8; pictures of all samples in one flat list.
+# --- items -> batch -------------------------------------------------------------------------------------------------
 
-    `label_positions` (L,) are the places before labels that count, for `MiniMindLM`.
-    `problems` lists the records that could not be used, each with its number in the file.
-    few_shapes: rounds T and L up so far that few sizes occur, as each needs a CUDA graph of its own; what L gains are
-    positions 0, whose next token never has a label.
+
+def collate(items, few_shapes=False):
+    """Items -> a batch: `input_ids`, `labels` (B, T), `label_positions` (L,), images of all items in one flat list.
+
+    `label_positions` are positions b * T + t whose next token has a label. `pixel_values` (N, 3, S, S) is None if there are
+    no images; with cached features it is `image_features` (N, P, V). `problems` lists (problem, record number).
+
+    few_shapes: round T and L up further so that only few sizes occur, since each needs its own CUDA graph. L is padded with
+    position 0, whose next token never has a label.
     """
+    # pad to the longest item, rounded up to 8; the id 0 is arbitrary, as no token attends to padding and its label is -100
     length = max(len(item["input_ids"]) for item in items)
     length = round_up(length, 8) if few_shapes else -(-length // 8) * 8
-    batch = {
-        "problems": [problem for item in items for problem in item["problems"]],
-        "input_ids": torch.zeros(len(items), length, dtype=torch.long),
-        "labels": torch.full((len(items), length), -100, dtype=torch.long),
-    }
+    input_ids = torch.zeros(len(items), length, dtype=torch.long)  # (B, T)
+    labels = torch.full((len(items), length), -100, dtype=torch.long)  # (B, T)
     for row, item in enumerate(items):
-        for name in ("input_ids", "labels"):
-            batch[name][row, : len(item[name])] = torch.from_numpy(item[name])
-    positions = positions_before_labels(batch["labels"])
+        num_tokens = len(item["input_ids"])
+        input_ids[row, :num_tokens] = torch.from_numpy(item["input_ids"])
+        labels[row, :num_tokens] = torch.from_numpy(item["labels"])
+
+    # found here, on the CPU, where counting them costs no device sync
+    label_positions = positions_before_labels(labels)  # (L,)
     if few_shapes:
-        positions = F.pad(positions, (0, round_up(len(positions), 4) - len(positions)))
-    batch["label_positions"] = positions
+        padding = round_up(len(label_positions), 4) - len(label_positions)
+        label_positions = F.pad(label_positions, (0, padding))
+
+    problems = [problem for item in items for problem in item["problems"]]
+    batch = {"problems": problems, "input_ids": input_ids, "labels": labels, "label_positions": label_positions}
+
+    # items may have any number of images, even none
     if "image_features" in items[0]:
         batch["image_features"] = torch.cat([item["image_features"] for item in items])  # (N, P, V)
     else:
@@ -197,23 +267,27 @@ def collate(items, few_shapes=False):
     return batch
 
 
-def round_up(size, parts):
-    """The next multiple of 8, and of a `parts`-th of the power of two below: so many sizes from one power to the next."""
-    step = max(8, 2 ** (size.bit_length() - 1) // parts)
+def round_up(size, sizes_per_doubling):
+    """Rounds up to multiples of 8, so coarsely that at most `sizes_per_doubling` sizes lie between a power of two and the next."""
+    power_of_two = 2 ** (size.bit_length() - 1)
+    step = max(8, power_of_two // sizes_per_doubling)
     return -(-size // step) * step
 
 
+# --- images alone ---------------------------------------------------------------------------------------------------
+
+
 class Pictures(Dataset):
-    """Only the pictures of a VLMDataset, each once, as uint8 (3, S, S): what a FeatureCache is built from."""
+    """Only the images of a VLMDataset, each once, as uint8 (3, S, S): what a FeatureCache is built from."""
 
     def __init__(self, dataset):
         self.dataset = dataset
 
     def __len__(self):
-        return len(self.dataset.names)
+        return len(self.dataset.image_names)
 
     def __getitem__(self, row):
-        """(pixels, None), or for a picture that can't be read a black one and (reason, message)."""
+        """(pixels, None), or for an image that can't be read a black one and (reason, message)."""
         size = self.dataset.image_size
         try:
             return read_pixels(self.dataset.image_path(row), size), None

@@ -22,7 +22,7 @@ def tokenizer():
 def world(tmp_path_factory):
     """A small picture world on disk."""
     folder = tmp_path_factory.mktemp("world")
-    demo.build(folder, pictures=48, pairs=12, clips=12, held_out=6, turns=3)
+    demo.build(folder, pictures=48, pairs=12, animations=12, held_out=6, turns=3)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Records and pictures that can't be used, kind by kind, and what becomes of a training that meets them."""
+"""Records and pictures that can't be used, kind by kind, and what training does with them."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ def turned_oddly(path):
 
 
 def seen_through(path):
-    """Red in the upper half, and below it a black that is wholly transparent."""
+    """Red in the upper half, and below it black that is fully transparent."""
     image = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
     image.paste((*RED, 255), (0, 0, 40, 20))
     image.save(path)
@@ -93,10 +93,10 @@ LEFT_OUT = {  # how a file is made, and the reason that is counted
     "clip.mp4": (lambda path: path.write_bytes(b"\0\0\0\x18ftypmp42"), "picture unreadable"),
 }
 WRONG = {  # record -> the reason that is counted, and what the message says
-    "not an object": (5, "wrong shape", "expected an object with 'image', a text, and 'conversations'"),
+    "not an object": (5, "wrong shape", "expected an object with 'image' (text) and 'conversations'"),
     "no conversation": ({"image": "a.png"}, "wrong shape", "expected an object"),
     "empty conversation": ({"image": "", "conversations": []}, "wrong shape", "expected an object"),
-    "a list of names": ({"image": ["a.png"], "conversations": talk("<image>", "x")}, "wrong shape", "'image', a text"),
+    "a list of names": ({"image": ["a.png"], "conversations": talk("<image>", "x")}, "wrong shape", "'image' (text)"),
     "foreign role": (
         {"image": "", "conversations": [{"role": "cat", "content": "?"}]},
         "wrong shape",
@@ -105,9 +105,13 @@ WRONG = {  # record -> the reason that is counted, and what the message says
     "no text": (
         {"image": "", "conversations": [{"role": "user", "content": None}]},
         "wrong shape",
-        "and a text as content",
+        "and text as its content",
     ),
-    "empty answer": ({"image": "a.png", "conversations": talk("<image>", " ")}, "no answer", "says anything"),
+    "empty answer": (
+        {"image": "a.png", "conversations": talk("<image>", " ")},
+        "no answer",
+        "no assistant turn has any text",
+    ),
     "question alone": ({"image": "", "conversations": talk("?")}, "unpaired turns", "should take turns, not user"),
     "two questions": (
         {"image": "", "conversations": [*talk("?"), *talk("?", "x")]},
@@ -125,7 +129,7 @@ WRONG = {  # record -> the reason that is counted, and what the message says
         "images and <image> differ",
         "2 images in 'image', but 1 <image>",
     ),
-    "answer cut off": (
+    "answer truncated": (
         {"image": "", "conversations": talk("圆" * 600, "x")},
         "answer beyond --max_seq_len",
         "its answers lie beyond --max_seq_len 512",
@@ -151,7 +155,7 @@ def test_odd_pictures_are_used_properly(tmp_path, tokenizer, name):
 
 
 @pytest.mark.parametrize("name", LEFT_OUT)
-def test_bad_pictures_are_replaced_and_told(tmp_path, tokenizer, name):
+def test_bad_pictures_are_replaced_and_reported(tmp_path, tokenizer, name):
     make, reason = LEFT_OUT[name]
     make(tmp_path / name)
     records = [{"image": picture, "conversations": talk("<image>", "x")} for picture in (name, "a.png", "a.png")]
@@ -167,22 +171,24 @@ def test_bad_pictures_are_replaced_and_told(tmp_path, tokenizer, name):
 def test_wrong_records_are_left_out_and_counted(tmp_path, tokenizer, name):
     wrong, reason, says = WRONG[name]
     good = {"image": "a.png", "conversations": talk("<image>", "x")}
-    told = []
-    dataset = load(tmp_path, [good, wrong, wrong, good], tokenizer, strict=False, most=0.5, tell=told.append)
-    assert len(dataset) == 2 and dataset.problems.numbers == {reason: {1, 2}}
-    (line,) = told  # of several of a kind, the first
+    messages = []
+    dataset = load(
+        tmp_path, [good, wrong, wrong, good], tokenizer, strict=False, max_fraction=0.5, notify=messages.append
+    )
+    assert len(dataset) == 2 and dataset.problems.by_reason == {reason: {1, 2}}
+    (line,) = messages  # one per reason, about the first
     assert "data.json, record 1: " in line and says in line
     with pytest.raises(BadInput, match="record 1"):
         load(tmp_path, [good, wrong], tokenizer, strict=True)
-    with pytest.raises(BadInput, match=f"2 records left out .2 {reason}., over --max_bad_fraction 0.4 of 4"):
-        load(tmp_path, [good, wrong, wrong, good], tokenizer, strict=False, most=0.4)
+    with pytest.raises(BadInput, match=f"2 records skipped .2 {reason}., over --max_bad_fraction 0.4 of 4"):
+        load(tmp_path, [good, wrong, wrong, good], tokenizer, strict=False, max_fraction=0.4)
 
 
 def test_the_fraction_is_of_the_whole_file(tmp_path, tokenizer):
-    """A night's data may have all its bad records in one place."""
+    """The bad records may all stand in one part of the file."""
     records = [{"image": "a.png", "conversations": talk("<image>", "x")}] * 9000
     records[5000:5400] = [5] * 400
-    dataset = load(tmp_path, records, tokenizer, strict=False, most=0.05)
+    dataset = load(tmp_path, records, tokenizer, strict=False, max_fraction=0.05)
     assert dataset.problems.count == 400 and dataset.problems.total == 9000
 
 
@@ -241,13 +247,13 @@ COUNTED = {"unpaired turns": 1, "picture missing": 1, "picture unreadable": 1}
 ALLOWED = ["--max_bad_fraction", 0.1]
 
 
-def test_a_training_goes_on_and_counts(spoilt):
+def test_training_continues_and_counts(spoilt):
     text = run_whole(spoilt, *ALLOWED)
     assert len(losses(spoilt)) == 18  # 46 of 47 records, in batches of 8, 3 epochs
-    assert text.count("left out, as are others like it") == 3  # once each, not once an epoch
+    assert text.count("skipping this record, and others like it: ") == 3  # once each, not once an epoch
     for says in ("record 10: user and assistant", "nowhere.jpg could not be read", "picture (cannot identify"):
         assert says in text
-    assert "3 records left out (1 unpaired turns, 1 picture " in text
+    assert "3 records skipped (1 unpaired turns, 1 picture " in text
     assert log_lines(spoilt)[-1]["left_out"] == COUNTED
 
 
@@ -283,7 +289,7 @@ def test_resumed_among_bad_records_it_is_as_if_nothing_had_happened(spoilt):
     "flags, says",
     [
         (["--strict"], "record 10: user and assistant should take turns"),
-        (["--max_bad_fraction", 0.05], "3 records left out (1 unpaired turns, "),
+        (["--max_bad_fraction", 0.05], "3 records skipped (1 unpaired turns, "),
     ],
 )
 def test_too_much_is_too_much(spoilt, flags, says):
@@ -298,11 +304,11 @@ def test_a_file_is_checked_beforehand(spoilt):
     assert code == 1 and "Traceback" not in err
     assert "47 records, 44 can be used" in out and "100%" in err
     for reason, count in COUNTED.items():
-        assert f"{count} left out: {reason}" in out
+        assert f"{count} skipped: {reason}" in out
     assert sum(int(line.split()[3]) for line in out.splitlines() if " to " in line and "#" in line) == 46
     good = spoilt.world / "good.json"
     good.write_text(json.dumps(json.loads((spoilt.world / "pretrain.json").read_text())[:10]))
     code, out, err = run_python("-m", "dataset.check", good, *flags)
     assert code == 0 and "10 records, 10 can be used" in out
     code, out, err = run_python("-m", "dataset.check", good, *flags, "--max_seq_len", 80)
-    assert "are cut off" in out
+    assert "records are truncated" in out

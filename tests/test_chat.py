@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from helpers import ROOT, say
 from transformers import StaticCache, TextIteratorStreamer
 
-from dataset import demo
+from dataset.records import make_record
 from model.chat import Chat
 from model.checkpoint import load_tokenizer
 from model.conversation import as_conversation
@@ -232,7 +232,7 @@ def test_score_counts_exact_answers_per_kind(chat, world, tmp_path):
     for number, picture in enumerate(pictures):
         kind = ["colour", "shape"][number % 2]
         answer = "".join(chat.stream(f"<image>\n{kind}？", [picture], max_new_tokens=48, **GREEDY))
-        records.append(demo.record([picture.name], [(f"<image>\n{kind}？", answer)], kind=kind))
+        records.append(make_record([picture.name], [(f"<image>\n{kind}？", answer)], kind=kind))
     records[1]["conversations"][1]["content"] += "错"  # one wrong label
     (tmp_path / "score.json").write_text(json.dumps(records), encoding="utf-8")
     table = score(chat, tmp_path / "score.json", world / "images")

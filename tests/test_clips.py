@@ -174,4 +174,4 @@ def test_the_demo_s_animations_show_what_their_captions_say():
         ]
         place = frames[:, y - 30 : y + 30, x - 30 : x + 30]
         assert np.abs(place[0] - place[-1]).max() > 20  # and at the place that the caption names
-    assert kinds == set(demo.CLIP_EDITS)
+    assert kinds == set(demo.ANIMATION_EDITS)

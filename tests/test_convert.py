@@ -1,4 +1,4 @@
-"""Texts about one's own pictures: CSV and JSONL to records, and from there to a finetuned model."""
+"""Texts about your own pictures: from CSV and JSONL to records, and from there to a finetuned model."""
 
 import json
 import shlex
@@ -120,7 +120,7 @@ HEADER = "image,caption,question\n"
         ("my.csv", HEADER + "notes.txt,red\n", r"line 2: photos/notes.txt could not .* JPEG or PNG"),
         ("my.csv", HEADER + '"c, d.png",red\n', "line 2: rename the picture 'c, d.png'"),
         ("my.csv", HEADER + '"a.png, b.jpg",red,"And <image>?"\n', "line 2: 2 images in 'image', but 1 <image>"),
-        ("my.csv", HEADER + 'a.png,red\na.png,"red\na.png,blue\n', "line 3: a quotation mark is missing"),
+        ("my.csv", HEADER + 'a.png,red\na.png,"red\na.png,blue\n', "line 3: a missing or extra quotation mark"),
         ("my.csv", HEADER + "a.png,red,What?,or\n", "line 2: more cells"),
         ("my.jsonl", "\n{'image': 'a.png'}\n", "my.jsonl, line 2: not valid JSON"),
         ("my.jsonl", '["a.png", "red"]', "line 1: should be an object"),
@@ -132,7 +132,7 @@ HEADER = "image,caption,question\n"
         ("my.jsonl", '{"image": "", "conversations": []}', "line 1: expected an object"),
     ],
 )
-def test_what_is_wrong_is_told_by_its_line_and_nothing_is_written(place, name, content, message):
+def test_errors_name_their_line_and_nothing_is_written(place, name, content, message):
     (place / "photos" / "notes.txt").write_text("no picture")
     Image.new("RGB", (8, 8)).save(place / "photos" / "c, d.png")
     (place / "my.json").write_text("precious")
@@ -143,7 +143,7 @@ def test_what_is_wrong_is_told_by_its_line_and_nothing_is_written(place, name, c
     assert sorted(path.name for path in place.iterdir()) == sorted(["photos", "my.json", name])
 
 
-def test_ten_bad_lines_are_told_at_once_and_the_rest_counted(place):
+def test_ten_bad_lines_are_listed_and_the_rest_counted(place):
     rows = "".join(f"{i}.png,red\na.png,red\n" for i in range(13))
     with pytest.raises(BadInput) as problem:
         converted("my.csv", "image,caption\n" + rows)
@@ -152,7 +152,7 @@ def test_ten_bad_lines_are_told_at_once_and_the_rest_counted(place):
     assert lines[9].startswith("my.csv, line 20: photos/9.png")
 
 
-def test_what_can_not_be_read_or_written_is_said(place, monkeypatch):
+def test_files_that_cannot_be_read_or_written_are_reported(place, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["convert", "my.csv", "photos", "my.json"])
     with pytest.raises(SystemExit, match="error: my.csv could not be read"):
         run_script(convert.main)

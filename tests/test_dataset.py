@@ -1,4 +1,4 @@
-"""Records to token ids, labels and batches: every decision of the data's way, with a test."""
+"""From records to token ids, labels and batches: a test for each decision on the way."""
 
 import json
 
@@ -157,7 +157,7 @@ def test_wrong_shape_names_the_record(tokenizer, bad):
         parse_record(bad, "here", config_for(tokenizer).image_special_token)
 
 
-def test_wholly_cut_answers_are_dropped_and_counted(tmp_path, tokenizer):
+def test_records_that_lose_all_answers_are_dropped_and_counted(tmp_path, tokenizer):
     long_question = record("<image>\n" + "圆" * 200)
     two_turns = record("<image>\n颜色")
     two_turns["conversations"] += [
@@ -166,10 +166,10 @@ def test_wholly_cut_answers_are_dropped_and_counted(tmp_path, tokenizer):
     ]
     two_turns["image"] = "a.png, b.png"
     path = write(tmp_path, [long_question, record("<image>\n颜色"), two_turns])
-    dataset = load(path, tokenizer, max_seq_len=100, strict=False, most=0.5)
-    assert dataset.problems.numbers == {"answer beyond --max_seq_len": {0}} and len(dataset) == 2
+    dataset = load(path, tokenizer, max_seq_len=100, strict=False, max_fraction=0.5)
+    assert dataset.problems.by_reason == {"answer beyond --max_seq_len": {0}} and len(dataset) == 2
     cut = dataset[1]
-    assert len(cut["input_ids"]) <= 100 and len(cut["pixel_values"]) == 1  # the second picture lies beyond the cut
+    assert len(cut["input_ids"]) <= 100 and len(cut["pixel_values"]) == 1  # the second picture was truncated
     assert placeholders(cut["input_ids"].tolist(), config_for(tokenizer))[0] == 1
 
 
@@ -221,7 +221,7 @@ def test_batches_by_tokens_are_full_and_dealt_alike_to_any_number_of_processes()
     assert len({i for batch in batches for i in batch}) == sum(map(len, batches)) > 5000 - 4
     ranks = [TokenBatches(np.arange(5000), lengths, 4096, 4, seed=1, rank=r, world=2) for r in (0, 1)]
     dealt = [batch for pair in zip(*ranks, strict=True) for batch in pair]
-    assert dealt == batches and all(rank.parts == 2 for rank in ranks)
+    assert dealt == batches and all(rank.micro_batches == 2 for rank in ranks)
     alone.begin(1)
     assert list(alone) != batches and alone.steps == ranks[0].steps
     alone.begin(0, 100)

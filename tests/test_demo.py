@@ -57,7 +57,7 @@ def test_language_model_answers_about_scenes_in_words(tokenizer):
 def test_a_short_demo_run_sees(tmp_path):
     """A few minutes' worth of the demo: clearly better with the right picture than with another one."""
     world, out = tmp_path / "world", tmp_path / "out"
-    demo.build(world, pictures=1500, pairs=2, clips=2, held_out=60)
+    demo.build(world, pictures=1500, pairs=2, animations=2, held_out=60)
     places = ["--demo", "--images_path", world / "images", "--out_dir", out]
     for script, data in (("1-pretrain_vlm.py", "pretrain.json"), ("2-sft_vlm.py", "sft.json")):
         code, _, err = run_python(script, *places, "--data_path", world / data, "--epochs", 2)

@@ -258,7 +258,7 @@ def test_evaluation_pictures_are_there_and_small():
 
 def test_world_is_the_same_from_the_same_seed(tmp_path):
     for name in ("a", "b"):
-        demo.build(tmp_path / name, pictures=3, pairs=2, clips=2, held_out=2, turns=2, seed=7)
+        demo.build(tmp_path / name, pictures=3, pairs=2, animations=2, held_out=2, turns=2, seed=7)
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
     assert len(files) > 10
     for file in files:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from dataset import demo
+from dataset.records import chunked
 from model.conversation import encode
 from model.images import normalise, to_pixels
 from model.vision_utils import VisionEncoder
@@ -151,15 +152,11 @@ def features_of(encoder, rng, split, count):
     features = torch.cat(
         [
             encoder(torch.stack([to_pixels(demo.draw(s, rng), demo.PICTURE) for s in part]))
-            for part in chunks(scenes, 100)
+            for part in chunked(scenes, 100)
         ]
     )
     found = [(features[i, patch_of(thing)], thing) for i, scene in enumerate(scenes) for thing in scene]
     return torch.stack([vector for vector, _ in found]), [thing for _, thing in found]
-
-
-def chunks(items, size):
-    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def probe(clip):

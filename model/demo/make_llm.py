@@ -38,16 +38,16 @@ def conversation(rng, split, turns, progress):
     easy = rng.random() < 1 - 3 * progress
     if not easy and rng.random() < 0.12:
         before, after, instruction, _ = demo.scene_pair(rng, split)
-        texts = [demo.notes(scene, rng) for scene in (before, after)]
+        texts = [demo.scene_in_words(scene, rng) for scene in (before, after)]
         return [("user", "\n".join([*texts, rng.choice(demo.PAIR_PROMPTS)])), ("assistant", instruction)]
     scene = demo.random_scene(rng, split, counts=(2, 2, 3) if easy else (1, 2, 3, 4))
     form = "pairs" if easy else None
     if rng.random() < (0.7 if easy else 0.2):
-        retold = demo.caption(scene, rng) if rng.random() < 0.7 else demo.notes(scene, rng, form)
+        retold = demo.caption(scene, rng) if rng.random() < 0.7 else demo.scene_in_words(scene, rng, form)
         pairs = [(rng.choice(demo.CAPTION_PROMPTS), retold)]
     else:
         pairs = demo.questions(scene, rng, turns)
-    pairs[0] = (f"{demo.notes(scene, rng, form)}\n{pairs[0][0]}", pairs[0][1])
+    pairs[0] = (f"{demo.scene_in_words(scene, rng, form)}\n{pairs[0][0]}", pairs[0][1])
     return [turn for asked, answer in pairs for turn in (("user", asked), ("assistant", answer))]
 
 
@@ -71,10 +71,10 @@ def score(model, tokenizer, split, count=150):
         for kind in demo.QUESTIONS:
             pair = demo.question(scene, rng, kind)
             if pair:
-                talks.append([("user", f"{demo.notes(scene, rng)}\n{pair[0]}"), ("assistant", pair[1])])
+                talks.append([("user", f"{demo.scene_in_words(scene, rng)}\n{pair[0]}"), ("assistant", pair[1])])
                 kinds.append(kind)
         before, after, instruction, _ = demo.scene_pair(rng, "heldout")
-        asked = "\n".join([demo.notes(before, rng), demo.notes(after, rng), demo.PAIR_PROMPTS[0]])
+        asked = "\n".join([demo.scene_in_words(before, rng), demo.scene_in_words(after, rng), demo.PAIR_PROMPTS[0]])
         talks.append([("user", asked), ("assistant", instruction)])
         kinds.append("pair")
     input_ids, labels = pad(encode_conversations(tokenizer, talks, model.config))

@@ -126,4 +126,4 @@ def open_cache(args, dataset, encoder, processes):
         raise BadInput(
             f"{cache.file} was not found by process {processes.rank}: --out_dir must be shared by all machines"
         )
-    dataset.features = cache
+    dataset.use_features(cache)

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from dataset.batches import LengthBatches, SortedBatches, TokenBatches
 from dataset.dataset import VLMDataset, collate
+from dataset.records import chunked
 from model.arguments import model_sizes, pick_dtype
 from model.checkpoint import encoder_hash, load_parts, save_weights, tokenizer_hash
 from model.errors import BadInput
@@ -57,7 +58,7 @@ def prepare(args, weights, allow_missing_projector, saved, first):
     if first and parts.summary:
         print(parts.summary, flush=True)
     sizes = (args.max_seq_len, parts.encoder.image_size)
-    strictness = {"strict": args.strict, "most": args.max_bad_fraction, "tell": tell if first else None}
+    strictness = {"strict": args.strict, "max_fraction": args.max_bad_fraction, "notify": tell if first else None}
     dataset, held_out = (
         path and VLMDataset(path, args.images_path, parts.tokenizer, parts.model.config, *sizes, **strictness)
         for path in (args.data_path, args.val_path)
@@ -241,7 +242,7 @@ class Run:
         names += ("grad_clip", "warmup_iters", "seed", "freeze_llm", "val_fraction", "batch_tokens")
         return {
             **{f"--{name}": getattr(self.args, name) for name in names},
-            "size of a step": self.sampler.size,
+            "size of a step": self.sampler.step_size,
             "precision": str(self.dtype),
             "checksum of the data": self.fingerprint,
             "tokenizer": tokenizer_hash(self.tokenizer),
@@ -260,7 +261,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "since": [self.sums, self.streak, self.skipped],
             "wandb_id": self.wandb_id,
-            "problems": {reason: sorted(numbers) for reason, numbers in self.problems.numbers.items()},
+            "problems": {reason: sorted(numbers) for reason, numbers in self.problems.by_reason.items()},
             "history": json.dumps(self.history),
             "config": self.model.config.to_json_string(),
         }
@@ -288,7 +289,7 @@ class Run:
 
     def save(self):
         """Weights and resume state; what is there already stays until the new is whole. False if that failed."""
-        self.problems.merge(self.processes.gather(self.problems.numbers))
+        self.problems.merge(self.processes.gather(self.problems.by_reason))
         if not self.processes.first:
             return True
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
@@ -319,7 +320,7 @@ class Run:
         while self.step < self.steps:
             epoch, done = divmod(self.step, self.sampler.steps)
             self.sampler.begin(epoch, done)
-            for batches in grouped(self.loader, self.sampler.parts):
+            for batches in chunked(self.loader, self.sampler.micro_batches):
                 stopping = self.advance(batches, stop)
                 last = self.step == self.steps
                 if self.step % args.log_interval == 0 or last:
@@ -341,7 +342,7 @@ class Run:
         if log:
             if self.problems.count:
                 print(self.problems)
-            log.close({reason: len(numbers) for reason, numbers in self.problems.numbers.items()})
+            log.close({reason: len(numbers) for reason, numbers in self.problems.by_reason.items()})
         self.processes.wait()
         self.end(stop, saved)
 
@@ -462,15 +463,3 @@ class Run:
         loss, answers = self.processes.sum(sums).tolist()
         self.parallel.train()
         return loss / answers
-
-
-def grouped(batches, size):
-    """Lists of `size` batches, the last one possibly shorter."""
-    group = []
-    for batch in batches:
-        group.append(batch)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group

@@ -23,9 +23,9 @@ import torch
 from made_up import make_files, words  # puts the repository on the path
 from torch.utils.data import DataLoader
 
-from dataset import demo
 from dataset.batches import LengthBatches
 from dataset.dataset import VLMDataset, collate
+from dataset.records import make_record
 from model.checkpoint import load_tokenizer
 from model.conversation import tokenizer_fields
 from model.LMConfig import LMConfig
@@ -40,7 +40,7 @@ def write_records(folder, count):
             name = f"GCC_train_{i:09d}.jpg"
             os.link(pictures[i % len(pictures)], folder / "images" / name)
             text = " ".join(rng.choices(vocabulary, k=rng.randint(12, 24)))
-            record = demo.record([name], [("Describe the picture.\n<image>", text)])
+            record = make_record([name], [("Describe the picture.\n<image>", text)])
             file.write(("[" if i == 0 else ",\n") + json.dumps(record))
         file.write("]")
 

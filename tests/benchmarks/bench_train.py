@@ -31,7 +31,7 @@ from model.arguments import add_training_arguments, pick_dtype
 from model.images import normalise, read_pixels
 from model.training.distributed import Processes, Stop
 from model.training.feature_cache import open_cache
-from model.training.trainer import Run, grouped, prepare
+from model.training.trainer import Run, chunked, prepare
 
 
 class Laps:
@@ -75,9 +75,9 @@ def ours(args, run):
 
     The parts are taken in steps of their own, as to wait for each of them costs time.
     """
-    stop, parts = Stop(quiet=True), run.sampler.parts
+    stop, parts = Stop(quiet=True), run.sampler.micro_batches
     batches = list(run.sampler)[args.warm_up * parts : (args.warm_up + args.steps) * parts]
-    steps = grouped(iter(run.loader), parts)
+    steps = chunked(iter(run.loader), parts)
     run.parallel.train()
     run.sampler.begin(0)
     for _ in range(args.warm_up):
@@ -122,7 +122,7 @@ def original(args, model, encoder, dataset, batches):
             item = dataset[number]
             input_ids[row, : len(item["input_ids"])] = torch.from_numpy(item["input_ids"])
             labels[row, : len(item["labels"])] = torch.from_numpy(item["labels"])
-            path = dataset.image_path(dataset.rows[number][0])
+            path = dataset.image_path(dataset.image_rows[number][0])
             pictures.append(normalise(read_pixels(path, encoder.image_size)[None]))
         input_ids, labels = input_ids.to(device), labels.to(device)
         features = []

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from dataset import demo
+from dataset.records import make_record
 from model.conversation import encode
 
 
@@ -82,7 +83,7 @@ def make_records(file, tokenizer, stage, pictures, repeat=1):
             count = min(4, 1 + tokens // 80)
             turns = [(text(15), text(max(8, tokens // count - 15))) for _ in range(count)]
             turns[0] = (f"<image>\n{turns[0][0]}", turns[0][1])
-        records.append(demo.record([picture], turns))
+        records.append(make_record([picture], turns))
     file.write_text(json.dumps(records * repeat))
 
 

@@ -51,7 +51,7 @@ from model.model import can_group
 from model.model_vlm import MiniMindVLM
 from model.training.distributed import Processes, Stop
 from model.training.feature_cache import open_cache
-from model.training.trainer import Run, grouped
+from model.training.trainer import Run, chunked
 from model.vision_utils import load_vision
 
 NO_GRAPHS = "no graphs"  # in place of a flag
@@ -103,10 +103,10 @@ class Bench:
         make_records(file, self.tokenizer, stage, self.names)
         places = file, self.folder / "images"
         dataset = VLMDataset(*places, self.tokenizer, self.config(encoder), 512, encoder.image_size, strict=True)
-        for column in (dataset.ids, dataset.answers, dataset.rows):
+        for column in (dataset.ids, dataset.is_answer, dataset.image_rows):
             lengths = column.offsets.diff().repeat(repeat)
             column.values, column.offsets = column.values.repeat(repeat), F.pad(lengths.cumsum(0), (1, 0))
-        dataset.numbers = dataset.numbers.repeat(repeat)
+        dataset.record_numbers = dataset.record_numbers.repeat(repeat)
         return dataset
 
     def arguments(self, *flags, device=None):
@@ -219,7 +219,7 @@ def correctness(bench):
                 check_for_waiting(run)
             except RuntimeError as error:
                 said = traceback.format_exc().strip().splitlines()[-3].strip() + str(error).splitlines()[0]
-            dataset.features = None
+            dataset.use_features(None)
             name = f"waits in a step, {' '.join(flags) or 'bfloat16'}"
             bench.row("correctness", check=name, value=said, limit="none", ok=said == "none")
 
@@ -239,7 +239,7 @@ def correctness(bench):
 
 def steps_of(run, count):
     """The losses of a run's first steps."""
-    stop, losses, steps = Stop(quiet=True), [], grouped(iter(run.loader), run.sampler.parts)
+    stop, losses, steps = Stop(quiet=True), [], chunked(iter(run.loader), run.sampler.micro_batches)
     run.parallel.train()
     for _ in range(count):
         before = run.sums[0].clone()
@@ -251,7 +251,7 @@ def steps_of(run, count):
 
 def check_for_waiting(run):
     """RuntimeError if a step, kernel by kernel or as a captured graph, makes the host wait for the GPU."""
-    stop, batches = Stop(quiet=True), next(grouped(iter(run.loader), run.sampler.parts))
+    stop, batches = Stop(quiet=True), next(chunked(iter(run.loader), run.sampler.micro_batches))
     run.parallel.train()
     for gradients in (run.backward, run.gradients):
         run.gradients = gradients
@@ -322,7 +322,7 @@ def one_run(bench, encoder, dataset, roof, stage, size, batch_size, flags):
     if NO_GRAPHS in flags:
         run.gradients = run.backward
     figures = measure(args, run, dataset, roof)
-    dataset.features = None
+    dataset.use_features(None)
     if batch_size == 16 and size == next(iter(bench.sizes)) and not flags:
         batches = list(run.sampler)[:2]
         reference = bench.encoder()  # the original's CLIP was in float32
@@ -401,7 +401,7 @@ def run_demo(bench):
     stages += ["2-sft_vlm.py --demo --multi", "3-eval_chat.py --demo --all --multi"]
     if bench.smoke:
         world = bench.folder / "world"
-        demo.build(world, pictures=16, pairs=4, clips=4, held_out=2, turns=2)
+        demo.build(world, pictures=16, pairs=4, animations=4, held_out=2, turns=2)
         places = f"--images_path={world / 'images'}"
         stages = [f"1-pretrain_vlm.py --demo --data_path={world / 'pretrain.json'} {places} --epochs 1"]
         weights = f"--weights={bench.folder / 'demo' / '192_vlm_pretrain.pth'}"
