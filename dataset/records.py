@@ -10,7 +10,7 @@ import re
 
 from model.conversation import split_at_images
 from model.errors import BadInput, BadRecord
-from model.files import refuse_pointer
+from model.files import refuse_lfs_pointer
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 CAPTION_PROMPT = "描述这张图片。"  # asks for a caption where a picture comes with nothing but one
@@ -23,7 +23,7 @@ def read_records(path):
 
     BadInput if it is missing or no such list, with the number of the record that is not valid JSON.
     """
-    refuse_pointer(path)
+    refuse_lfs_pointer(path)
     try:
         with open(path, encoding="utf-8-sig") as file:
             yield from parse_list(file, path)

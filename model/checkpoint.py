@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from .errors import BadInput
-from .files import read_object, refuse_pointer, replace_file, weights_in, write_json
+from .files import find_weights, read_json_object, refuse_lfs_pointer, write_atomically, write_json
 from .LMConfig import LMConfig
 from .model_vlm import MiniMindVLM
 from .vision_utils import VISION
@@ -67,7 +67,7 @@ def weights_file(path):
     """The file with the tensors: the path itself, or what a transformers folder has."""
     path = Path(path)
     if path.is_dir():
-        path = weights_in(path)
+        path = find_weights(path)
     if path.suffix == ".json":
         raise BadInput(f"{path} names several files of weights, and one is wanted: save them as one")
     if not path.exists():
@@ -84,7 +84,7 @@ def read_weights(path):
     never run. BadInput says what is wrong with the file.
     """
     path = weights_file(path)
-    refuse_pointer(path)
+    refuse_lfs_pointer(path)
     try:
         if path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
@@ -112,7 +112,7 @@ def read_notes(path):
     transformers folder under "config"; {} for a bare .pth made elsewhere. BadInput if they are damaged."""
     path = Path(path)
     notes = path / "config.json" if path.is_dir() else path.with_suffix(".json")
-    content = read_object(notes)
+    content = read_json_object(notes)
     if not path.is_dir() or not content:
         return content
     known = inspect.signature(LMConfig.__init__).parameters.keys() - {"self", "kwargs"}
@@ -224,4 +224,4 @@ def write_weights(path, state, notes):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path.with_suffix(".json"), notes)  # first, so that no weights are ever without
-    replace_file(path, lambda f: torch.save(state, f))
+    write_atomically(path, lambda f: torch.save(state, f))

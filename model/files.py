@@ -7,7 +7,7 @@ import os
 from .errors import BadInput
 
 
-def read_object(path):
+def read_json_object(path):
     """The object in a JSON file; {} where there is no file. BadInput if it is not whole, or something else."""
     if not path.exists():
         return {}
@@ -23,10 +23,10 @@ def read_object(path):
 def write_json(path, content):
     """A JSON file, as a person would like to read it."""
     text = json.dumps(content, ensure_ascii=False, indent=1)
-    replace_file(path, lambda f: f.write(text.encode()))
+    write_atomically(path, lambda f: f.write(text.encode()))
 
 
-def replace_file(path, write):
+def write_atomically(path, write):
     """Calls write(open file) on a temporary file and puts it, once it is on disk, in the place of `path`.
 
     OSError if there is no room or no right to write; `path` is then what it was. A process that is killed meanwhile leaves
@@ -46,7 +46,7 @@ def replace_file(path, write):
         partial.unlink(missing_ok=True)
 
 
-def refuse_pointer(path):
+def refuse_lfs_pointer(path):
     """BadInput if a file is the few lines that Git leaves in the place of a large one until Git LFS has fetched it.
 
     What can't be opened is left to the loader to tell.
@@ -56,7 +56,7 @@ def refuse_pointer(path):
             raise BadInput(f"{path} is a Git LFS pointer and not yet the file: run `git lfs pull` in its folder")
 
 
-def weights_in(folder):
+def find_weights(folder):
     """The file with the tensors in a transformers folder, or the index of several such files, or where it should be."""
     names = ("model.safetensors", "pytorch_model.bin")
     files = [folder / f"{name}{index}" for name in names for index in ("", ".index.json")]

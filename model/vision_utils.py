@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.utils import logging as hf_logging
 
 from .errors import BadInput
-from .files import read_object, refuse_pointer, weights_in
+from .files import find_weights, read_json_object, refuse_lfs_pointer
 from .images import PIXEL_MEAN, PIXEL_STD, normalise
 from .LMConfig import LMConfig
 
@@ -74,9 +74,9 @@ def load_vision(folder, device="cpu", dtype=torch.float32):
     BadInput if it is missing, incomplete or no CLIP.
     """
     folder = Path(folder)
-    config, weights = read_object(folder / "config.json"), weights_in(folder)
+    config, weights = read_json_object(folder / "config.json"), find_weights(folder)
     for file in (weights, *folder.glob("*-of-*")):  # the latter are the files that an index names
-        refuse_pointer(file)
+        refuse_lfs_pointer(file)
     if has_vision(folder):
         return VisionEncoder(bundled_vision(folder), device, dtype)
     if not config:
@@ -110,13 +110,13 @@ def load_vision(folder, device="cpu", dtype=torch.float32):
 
 def has_vision(folder):
     """Whether a MiniMind-V folder in transformers format brings its CLIP."""
-    content = read_object(Path(folder) / "config.json")
+    content = read_json_object(Path(folder) / "config.json")
     return content.get("model_type") == LMConfig.model_type and "vision_config" in content
 
 
 def bundled_vision(folder):
     """The CLIP in such a folder."""
-    config = read_object(folder / "config.json")["vision_config"]
+    config = read_json_object(folder / "config.json")["vision_config"]
     model = CLIPVisionModel(CLIPVisionConfig(**config))
     try:
         state = safetensors.torch.load_file(folder / "model.safetensors")

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 
 from model.errors import BadInput
-from model.files import weights_in
+from model.files import find_weights
 from model.images import normalise, read_pixels, to_pixels, to_rgb
 from model.training.feature_cache import FeatureCache, cache_key
 from model.vision_utils import VisionEncoder, load_vision
@@ -150,7 +150,7 @@ def test_a_clip_in_several_files(tiny_clip):
     (tiny_clip / "model.safetensors").unlink()
     whole.model.save_pretrained(tiny_clip, max_shard_size="100KB")
     first, *others = sorted(tiny_clip.glob("model-*.safetensors"))
-    assert others and weights_in(tiny_clip) == tiny_clip / "model.safetensors.index.json"
+    assert others and find_weights(tiny_clip) == tiny_clip / "model.safetensors.index.json"
     pixels = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
     assert torch.equal(load_vision(tiny_clip)(pixels), whole(pixels))
     first.write_bytes(first.read_bytes()[:1000])

@@ -34,7 +34,7 @@ from model.checkpoint import (
 )
 from model.conversation import tokenizer_fields
 from model.errors import BadInput
-from model.files import replace_file
+from model.files import write_atomically
 from model.LMConfig import LMConfig
 from model.model import can_group
 from model.model_vlm import MiniMindVLM
@@ -313,7 +313,7 @@ class Run:
         notes = {"stage": self.stage, "step": self.step, "training": training}
         try:
             save_weights(self.weights_file, self.model, self.tokenizer, **notes)
-            replace_file(state_file(self.weights_file), lambda f: torch.save(self.state(), f))
+            write_atomically(state_file(self.weights_file), lambda f: torch.save(self.state(), f))
         except OSError as error:
             tell(f"could not save to {self.args.out_dir} ({error.strerror}): the last good files are kept")
             return False
