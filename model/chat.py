@@ -67,7 +67,7 @@ class Chat:
             quantize(self.model, self.device)
             quantize(self.encoder.model, self.device)
         elif self.device.type == "cpu":
-            RowLinear.put_into(self.model)
+            RowLinear.install(self.model)
         self.graph, self.graph_lock = None, threading.Lock()
         if self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")  # 8 MB a stream, not 32

@@ -50,20 +50,23 @@ class Answer:
     later ones, `</s>` counted; None until there are some.
     """
 
-    def __init__(self, chat, input_ids, pixels, max_new_tokens, steps, dice, stop, stop_event):
+    def __init__(self, chat, input_ids, pixels, max_new_tokens, logits_processors, generator, stop, stop_event):
         self.chat, self.pixels = chat, pixels
         self.prompt_tokens = input_ids.shape[1]
         room = chat.config.max_seq_len - self.prompt_tokens
         self.limit = min(max_new_tokens, room)
         self.at_limit = "context" if room < max_new_tokens else "length"
-        self.steps, self.dice, self.stop, self.stop_event = steps, dice, stop, stop_event
+        self.logits_processors = logits_processors
+        self.generator = generator
+        self.stop = stop
+        self.stop_event = stop_event
         self.ids = torch.empty(1, self.prompt_tokens + self.limit, dtype=torch.long, device=chat.device)
         self.ids[:, : self.prompt_tokens] = input_ids
         self.token_ids = []
         self.finish_reason = self.first_token_seconds = self.tokens_per_second = None
 
     def __iter__(self):
-        return before(self.stop, self.characters(), self.end) if self.stop else self.characters()
+        return until_stop(self.stop, self.characters(), self.end) if self.stop else self.characters()
 
     def end(self):
         self.finish_reason = "stop"
@@ -100,7 +103,7 @@ class Answer:
                 logits = decoder.prompt(self.ids[:, :length], chat.see(self.pixels))
             else:
                 logits = decoder.step(self.ids[:, length - 1 : length])
-            self.ids[:, length] = self.choose(self.steps(self.ids[:, :length], logits.float()))
+            self.ids[:, length] = self.sample(self.logits_processors(self.ids[:, :length], logits.float()))
             length += 1
             token = self.ids[0, length - 1].item()
             seconds = time.perf_counter() - begun
@@ -115,14 +118,14 @@ class Answer:
             yield token
         self.finish_reason = self.at_limit
 
-    def choose(self, scores):
-        """The next token (1,) from scores (1, vocab_size): drawn, or the likeliest where there are no dice."""
-        if self.dice is None:
+    def sample(self, scores):
+        """The next token (1,) from scores (1, vocab_size): drawn, or the likeliest where there is no generator."""
+        if self.generator is None:
             return scores.argmax(dim=-1)
-        return torch.multinomial(scores.softmax(dim=-1), 1, generator=self.dice)[0]
+        return torch.multinomial(scores.softmax(dim=-1), 1, generator=self.generator)[0]
 
 
-def before(stops, pieces, found):
+def until_stop(stops, pieces, found):
     """Pieces up to the first stop text, calling `found()` there; what may be the beginning of one is held back."""
     text = ""
     for piece in pieces:

@@ -80,7 +80,7 @@ ANIMATED = ("GIF", "WEBP", "PNG")  # of Pillow's formats; the others' further pi
 MAX_PIXELS = 50_000_000  # of a video's frame
 
 
-def evenly(count, most):
+def frame_indices(count, most):
     """Numbers of at most `most` of `count` frames, evenly spread from the first to the last."""
     return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
 
@@ -98,7 +98,7 @@ def read_frames(path, size, most):
 def picture_frames(image, size, most):
     """`read_frames` of an open Pillow image."""
     frames = []
-    for number in evenly(image.n_frames if image.format in ANIMATED else 1, most):
+    for number in frame_indices(image.n_frames if image.format in ANIMATED else 1, most):
         image.seek(number)
         frames.append(to_pixels(image, size))
     return frames
@@ -126,7 +126,7 @@ def video_frames(file, kind, size, most, most_pixels=math.inf):
             if pixels > most_pixels:
                 raise BadInput(f"{count} frames of {stream.width}x{stream.height} are too long a video: cut it")
             container.seek(0)
-            wanted = set(evenly(count, most))
+            wanted = set(frame_indices(count, most))
             frames = (frame for number, frame in enumerate(container.decode(stream)) if number in wanted)
             pixels = [to_pixels(frame.to_image().rotate(frame.rotation, expand=True), size) for frame in frames]
     except av.FFmpegError as error:

@@ -25,8 +25,8 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).type_as(x)
 
 
-def rotary_turns(position_ids, head_dim, theta):
-    """(B, T) positions -> (B, 1, T, C/2) complex numbers of size 1: their product turns pair k of a head by its angle.
+def rotary_freqs(position_ids, head_dim, theta):
+    """(B, T) positions -> (B, 1, T, C/2) complex numbers of size 1: multiplying by them rotates pair k of a head.
 
     Computed for each call rather than kept as a table: there is no buffer to rebuild after loading, and no limit of length.
     """
@@ -35,13 +35,13 @@ def rotary_turns(position_ids, head_dim, theta):
     return torch.complex(angles.cos(), angles.sin())
 
 
-def rotate(x, turns):
+def apply_rotary(x, freqs):
     """Turns each pair (2k, 2k+1) of the last dimension of x (B, heads, T, C), as one complex number (Su et al. 2021).
 
     The result is float32.
     """
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns).flatten(-2)
+    return torch.view_as_real(pairs * freqs).flatten(-2)
 
 
 class Attention(nn.Module):
@@ -57,16 +57,16 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias=False)
         self.wo = nn.Linear(config.n_heads * self.head_dim, config.dim, bias=False)
 
-    def project(self, x, turns):
+    def project(self, x, freqs):
         """x (B, T, D) -> queries (B, H, T, C), keys and values (B, K, T, C), the first two turned to their places."""
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
         # on a CPU, attention has a gradient in bfloat16 that takes up to four times as long
         dtype = torch.float32 if self.training and x.device.type == "cpu" else v.dtype
-        return rotate(q, turns).to(dtype), rotate(k, turns).to(dtype), v.to(dtype)
+        return apply_rotary(q, freqs).to(dtype), apply_rotary(k, freqs).to(dtype), v.to(dtype)
 
-    def forward(self, x, turns, mask, past_key_values):
+    def forward(self, x, freqs, mask, past_key_values):
         """x (B, T, D); mask (B, 1, T, S), True where a query may look, or None for plain causal attention."""
-        q, k, v = self.project(x, turns)
+        q, k, v = self.project(x, freqs)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         if q.is_cuda and (mask is not None or q.dtype != torch.bfloat16):
@@ -131,13 +131,13 @@ class MoEFeedForward(nn.Module):
         """x (B, T, D) -> (output (B, T, D), chosen experts (B, T, k), scores (B, T, E))."""
         weights, chosen, scores = self.gate(x)
         tokens = x.flatten(0, 1)  # (B*T, D)
-        routed = self.grouped if self.training and can_group(tokens) else self.one_by_one
+        routed = self.grouped_experts if self.training and can_use_grouped_mm(tokens) else self.loop_experts
         y = routed(tokens, weights.flatten(0, 1).type_as(x), chosen.flatten(0, 1))
         if self.shared_experts is not None:
             y = y + self.shared_experts(tokens)
         return y.view_as(x), chosen, scores
 
-    def one_by_one(self, tokens, weights, chosen):
+    def loop_experts(self, tokens, weights, chosen):
         """tokens (N, D), weights and chosen (N, k) -> the chosen experts' weighted sum (N, D); unused ones cost nothing."""
         y = torch.zeros_like(tokens)
         for number, expert in enumerate(self.experts):
@@ -145,9 +145,9 @@ class MoEFeedForward(nn.Module):
             y = y.index_add(0, rows, (expert(tokens[rows]) * weights[rows, slot, None]).type_as(y))
         return y
 
-    def grouped(self, tokens, weights, chosen):
+    def grouped_experts(self, tokens, weights, chosen):
         """The same in three grouped products over tokens sorted by expert; nobody waits for a GPU to count them."""
-        dtype = product_dtype(tokens)
+        dtype = matmul_dtype(tokens)
         numbers, order = chosen.flatten().sort(stable=True)  # (N*k,)
         ends = torch.searchsorted(numbers, torch.arange(len(self.experts), device=tokens.device), right=True).int()
         w1, w2, w3 = (
@@ -173,14 +173,14 @@ class MoEFeedForward(nn.Module):
         return (share * (scores * mask).sum(dim=1) / count).sum(dim=-1) * self.alpha
 
 
-def product_dtype(x):
+def matmul_dtype(x):
     """The precision in which x is multiplied."""
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
-def can_group(x):
+def can_use_grouped_mm(x):
     """Whether grouped products of x run as such: elsewhere they are missing, or loop, waiting for the GPU at each."""
-    bfloat16 = product_dtype(x) == torch.bfloat16
+    bfloat16 = matmul_dtype(x) == torch.bfloat16
     if x.is_cuda:
         return bfloat16 and hasattr(F, "grouped_mm") and torch.cuda.get_device_properties(x.device).major >= 9
     return hasattr(F, "grouped_mm") and (bfloat16 or not torch.compiler.is_compiling())
@@ -196,9 +196,9 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x, turns, mask, past_key_values, token_mask):
+    def forward(self, x, freqs, mask, past_key_values, token_mask):
         """x (B, T, D) -> (x, balance loss (B,) or None); token_mask is given only where that loss is wanted."""
-        x = x + self.attention(self.attention_norm(x), turns, mask, past_key_values)
+        x = x + self.attention(self.attention_norm(x), freqs, mask, past_key_values)
         if not isinstance(self.feed_forward, MoEFeedForward):
             return x + self.feed_forward(self.ffn_norm(x)), None
         y, chosen, scores = self.feed_forward(self.ffn_norm(x))
@@ -297,9 +297,9 @@ class MiniMindLM(PreTrainedModel, GenerationMixin):
             past_key_values = DynamicCache(config=self.config)
         start = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
-            position_ids = positions(attention_mask, start, input_ids)
-        turns = rotary_turns(position_ids, self.config.head_dim, self.config.rope_theta)
-        mask = attention_pattern(attention_mask, start, input_ids, past_key_values)
+            position_ids = create_position_ids(attention_mask, start, input_ids)
+        freqs = rotary_freqs(position_ids, self.config.head_dim, self.config.rope_theta)
+        mask = create_causal_mask(attention_mask, start, input_ids, past_key_values)
         # padding is id 0 (<unk>), which a byte-level tokenizer never produces from text
         wants_balance = self.config.use_moe and self.training and labels is not None
         token_mask = input_ids != self.config.pad_token_id if wants_balance else None
@@ -307,7 +307,7 @@ class MiniMindLM(PreTrainedModel, GenerationMixin):
         x = F.dropout(self.embed(input_ids, image_features), self.config.dropout, self.training)
         balance = 0.0  # (B,)
         for layer in self.layers:
-            x, layer_balance = layer(x, turns, mask, past_key_values, token_mask)
+            x, layer_balance = layer(x, freqs, mask, past_key_values, token_mask)
             if layer_balance is not None:
                 balance = balance + layer_balance
         x = self.norm(x)
@@ -342,7 +342,7 @@ def mean_loss(logits, targets, num_items):
     return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum") / num_items
 
 
-def positions(attention_mask, start, input_ids):
+def create_position_ids(attention_mask, start, input_ids):
     """(B, T) place of each new token in its own sequence; padding on the left does not count."""
     length = input_ids.shape[1]
     if attention_mask is None:
@@ -350,7 +350,7 @@ def positions(attention_mask, start, input_ids):
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp_min(0)[:, -length:]
 
 
-def attention_pattern(attention_mask, start, input_ids, past_key_values):
+def create_causal_mask(attention_mask, start, input_ids, past_key_values):
     """(B or 1, 1, T, S) bool, True where the query of a row may look at the key of a column; None for plain causal."""
     if attention_mask is not None and attention_mask.ndim == 4:
         return attention_mask

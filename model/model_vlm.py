@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .LMConfig import LMConfig
-from .model import MiniMindLM, rotary_turns
+from .model import MiniMindLM, rotary_freqs
 
 
 class VisionProj(nn.Module):
@@ -41,8 +41,8 @@ class MiniMindVLM(MiniMindLM):
             return embeddings  # as in every step of decoding: too short for a placeholder
         starts = find_placeholders(input_ids, self.config.image_ids)  # (B, T)
         images = 0 if image_features is None else len(image_features)
-        checked = self.training and (input_ids.is_cuda or torch.compiler.is_compiling())
-        if not checked and starts.sum() != images:
+        skip_check = self.training and (input_ids.is_cuda or torch.compiler.is_compiling())
+        if not skip_check and starts.sum() != images:
             raise ValueError(f"{images} images were given, but the text has {int(starts.sum())} image placeholders")
         if not images and not self.training:
             return embeddings
@@ -51,9 +51,9 @@ class MiniMindVLM(MiniMindLM):
             # processes, whose batches have pictures, wait for
             image_features = embeddings.new_zeros(0, self.config.image_tokens, self.config.vision_width)
         projected = self.vision_proj(image_features).to(embeddings.dtype)  # (N, P, D)
-        places = cover(starts, images, self.config.image_tokens)
+        positions = placeholder_positions(starts, images, self.config.image_tokens)
         # not masked_scatter, for whose gradient the host waits for a GPU
-        return embeddings.flatten(0, 1).index_put((places,), projected.flatten(0, 1)).view_as(embeddings)
+        return embeddings.flatten(0, 1).index_put((positions,), projected.flatten(0, 1)).view_as(embeddings)
 
     @torch.inference_mode()
     def attention_maps(self, input_ids, image_features, token_ids):
@@ -67,19 +67,19 @@ class MiniMindVLM(MiniMindLM):
         first = input_ids.shape[1] - 1  # the last position of the question predicts the first token of the answer
         written = torch.tensor([token_ids[:-1]], dtype=torch.long, device=input_ids.device)
         x = torch.cat([self.embed(input_ids, image_features), self.tok_embeddings(written)], dim=1)
-        places = torch.arange(x.shape[1], device=x.device)
-        rotary = rotary_turns(places[None], config.head_dim, config.rope_theta)
-        future = places > places[first:, None]  # (A, T)
+        positions = torch.arange(x.shape[1], device=x.device)
+        freqs = rotary_freqs(positions[None], config.head_dim, config.rope_theta)
+        future = positions > positions[first:, None]  # (A, T)
         starts = find_placeholders(input_ids, config.image_ids)
-        on_image = cover(starts, len(image_features), config.image_tokens)
+        on_image = placeholder_positions(starts, len(image_features), config.image_tokens)
         maps = []
         for layer in self.layers:
-            q, k, _ = layer.attention.project(layer.attention_norm(x), rotary)
+            q, k, _ = layer.attention.project(layer.attention_norm(x), freqs)
             k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (1, H, T, C)
             scores = q[0, :, first:] @ k[0].mT / config.head_dim**0.5  # (H, A, T)
             shares = scores.float().masked_fill(future, -torch.inf).softmax(dim=-1).mean(dim=0)  # (A, T)
             maps.append(shares[:, on_image].unflatten(1, (-1, config.image_tokens)))
-            x, _ = layer(x, rotary, None, None, None)
+            x, _ = layer(x, freqs, None, None, None)
         return torch.stack(maps)
 
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, image_features=None, **kwargs):
@@ -101,8 +101,8 @@ def find_placeholders(input_ids, image_ids):
     return starts
 
 
-def cover(starts, images, size):
-    """(N * P,) flat places b * T + t, in reading order, of the `size` positions from each of so many starts on.
+def placeholder_positions(starts, images, size):
+    """(N * P,) flat positions b * T + t, in reading order, of the `size` positions from each of so many starts on.
 
     Sorted, as the number of images is known, where `nonzero` would make the host wait for a GPU.
     """

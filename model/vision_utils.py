@@ -19,7 +19,7 @@ from .files import find_weights, read_json_object, refuse_lfs_pointer
 from .images import PIXEL_MEAN, PIXEL_STD, normalise
 from .LMConfig import LMConfig
 
-CLIPS = ("clip", "clip_vision_model")  # what a CLIP's config.json calls itself
+CLIP_MODEL_TYPES = ("clip", "clip_vision_model")  # what a CLIP's config.json calls itself
 VISION = "vision_encoder."  # before the names of CLIP's tensors in a MiniMind-V folder that brings it
 
 
@@ -84,7 +84,7 @@ def load_vision(folder, device="cpu", dtype=torch.float32):
             f"no CLIP in {folder}: download clip-vit-base-patch32 into it (see README, 'Train it for real'), "
             "name another folder with --vision_path, or try --demo"
         )
-    if config.get("model_type") not in CLIPS:
+    if config.get("model_type") not in CLIP_MODEL_TYPES:
         raise BadInput(
             f"{folder} holds no CLIP, but a {config.get('model_type')}: name a CLIP's folder with --vision_path"
         )

@@ -15,7 +15,7 @@ from model.checkpoint import load_tokenizer
 from model.conversation import as_conversation
 from model.decoder import Decoder, GraphDecoder
 from model.errors import BadInput
-from model.generate import before
+from model.generate import until_stop
 from model.model_vlm import find_placeholders
 from model.score import score
 
@@ -125,7 +125,7 @@ def test_says_why_it_ended(chat, pictures):
 def test_stop_texts_end_the_answer_before_them(chat, stops, text):
     pieces = (character for character in "左上角红色大圆形")
     found = []
-    assert "".join(before(stops, pieces, lambda: found.append(True))) == text
+    assert "".join(until_stop(stops, pieces, lambda: found.append(True))) == text
     assert bool(found) == (text != "左上角红色大圆形")
     say(chat, "左上角红色大圆形")
     answer = chat.stream("?", max_new_tokens=50, stop=stops, **GREEDY)

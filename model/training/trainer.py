@@ -36,7 +36,7 @@ from model.conversation import tokenizer_fields
 from model.errors import BadInput
 from model.files import write_atomically
 from model.LMConfig import LMConfig
-from model.model import can_group
+from model.model import can_use_grouped_mm
 from model.model_vlm import MiniMindVLM
 from model.vision_utils import load_vision
 
@@ -188,7 +188,7 @@ class Run:
         self.dtype = pick_dtype(args.dtype, args.device)
         # of what is captured as CUDA graphs; experts one by one would have to be counted by the host
         self.few_shapes = args.device.startswith("cuda") and processes.world == 1 and not args.compile
-        self.few_shapes &= not args.use_moe or can_group(torch.empty(1, device=args.device, dtype=self.dtype))
+        self.few_shapes &= not args.use_moe or can_use_grouped_mm(torch.empty(1, device=args.device, dtype=self.dtype))
         training, kept = split(dataset, args.val_fraction, args.seed)
         place = (processes.rank, processes.world)
         size = self.step_size(saved)
