@@ -18,8 +18,9 @@ class LMConfig(PretrainedConfig):
     vision_bias: whether the projector has a bias (the published weights do, the design does not).
     image_special_token, image_ids: the placeholder of one image as text and as token ids, both `image_tokens` long.
         `image_char_ids` are the ids of `<` and `>` in the tokenizer, from which `image_ids` is built.
-    use_moe: replaces each feed-forward by `n_routed_experts` experts, of which each token uses `num_experts_per_tok`,
-        plus `n_shared_experts` that every token uses; `aux_loss_alpha` weighs the loss that spreads tokens over experts.
+    use_moe: replaces each feed-forward by `n_routed_experts` experts, of which each token uses `num_experts_per_tok`.
+        `n_shared_experts` is on or off (1 or 0, as in the published code, despite its name): one more expert that every
+        token uses. `aux_loss_alpha` weighs the loss that spreads tokens over experts.
     """
 
     model_type = "minimind-v"
@@ -64,6 +65,8 @@ class LMConfig(PretrainedConfig):
                 f"dim {dim}, n_heads {n_heads}, n_kv_heads {n_kv_heads}: dim must be a multiple of n_heads, "
                 "and n_heads of n_kv_heads"
             )
+        if n_shared_experts not in (0, 1):
+            raise BadInput(f"n_shared_experts is {n_shared_experts}: use 1 for a shared expert or 0 for none")
         self.dim = dim
         self.n_layers = n_layers
         self.n_heads = n_heads

@@ -124,7 +124,7 @@ class MoEFeedForward(nn.Module):
         self.alpha = config.aux_loss_alpha
         self.gate = ExpertGate(config)
         self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_routed_experts))
-        # every shared expert is one feed-forward; the published models have exactly one, stored without a number
+        # one or none: LMConfig refuses more, as the published tensor names have no place for a second
         self.shared_experts = FeedForward(config) if config.n_shared_experts else None
 
     def forward(self, x):

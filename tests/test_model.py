@@ -6,6 +6,7 @@ import torch
 from helpers import golden_model
 from transformers import StaticCache
 
+from model.errors import BadInput
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
 from model.model_vlm import MiniMindVLM, find_placeholders
@@ -127,6 +128,17 @@ def test_experts_learn_and_are_balanced(dtype):
     assert losses[-1] < 0.5 * losses[0]
     plain = torch.nn.functional.cross_entropy(output.logits.float(), ids[:, 1:].flatten())
     assert 0.015 < (output.loss - plain).item() < 0.04  # two layers, alpha 0.01 each
+
+
+def test_a_shared_expert_is_there_or_not():
+    with torch.device("meta"):
+        models = [MiniMindLM(LMConfig(**TINY, use_moe=True, n_shared_experts=n)) for n in (0, 1, False, True)]
+    none, one, off, on = (sum(p.numel() for p in model.parameters()) for model in models)
+    assert one - none == 2 * 3 * 64 * models[0].config.hidden_dim  # one SwiGLU in each of two layers
+    assert (off, on) == (none, one)
+    for n in (2, -1, None):
+        with pytest.raises(BadInput, match=f"n_shared_experts is {n}: use 1 for a shared expert or 0 for none"):
+            LMConfig(**TINY, use_moe=True, n_shared_experts=n)
 
 
 @pytest.mark.parametrize("use_moe", [False, True])
