@@ -1,10 +1,15 @@
 """Turns of a conversation in, token ids and flags of what is an answer out."""
 
+import copy
+import weakref
 from itertools import chain
 
 import numpy as np
+import torch
 
 from .errors import BadInput
+
+PLAIN_BACKENDS = weakref.WeakKeyDictionary()  # tokenizer -> the copy of its backend that `plain_backend` made
 
 
 def tokenizer_fields(tokenizer):
@@ -46,12 +51,25 @@ def conversation_pieces(turns, placeholder, image_ids, bos, eos):
     return [(piece, answer) for piece, answer in pieces if piece]
 
 
+def plain_backend(tokenizer):
+    """A private copy of the tokenizer's backend for which a written-out `</s>` is plain text; it never pads or truncates.
+
+    A copy, as these options would also change what other users of the tokenizer get. Made once, and again if tokens were
+    added since.
+    """
+    backend = PLAIN_BACKENDS.get(tokenizer)
+    if backend is None or backend.get_vocab_size() != len(tokenizer):
+        backend = copy.deepcopy(tokenizer.backend_tokenizer)
+        backend.encode_special_tokens = True
+        backend.no_padding()
+        backend.no_truncation()
+        PLAIN_BACKENDS[tokenizer] = backend
+    return backend
+
+
 def encode(tokenizer, texts):
     """Token ids of each text; special tokens written out in it are plain characters."""
-    backend = tokenizer.backend_tokenizer  # without transformers' wrapping, which takes 20 times as long
-    backend.encode_special_tokens = True
-    backend.no_padding()
-    backend.no_truncation()
+    backend = plain_backend(tokenizer)  # not tokenizer(texts): transformers' wrapping takes 20 times as long
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
@@ -69,6 +87,21 @@ def encode_conversations(tokenizer, conversations, config):
     flags = np.repeat([answer for _, answer in chain(*all_pieces)], lengths)
     ends = lengths.cumsum()[np.cumsum([len(pieces) for pieces in all_pieces]) - 1][:-1]
     return list(zip(np.split(ids, ends), np.split(flags, ends), strict=True))
+
+
+def pad_left(prompts):
+    """Lists of token ids -> input_ids and attention_mask (B, T): all prompts end in the last column, where answers begin.
+
+    Padding is id 0.
+    """
+    length = max(len(ids) for ids in prompts)
+    input_ids = torch.zeros(len(prompts), length, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(prompts):
+        start = length - len(ids)
+        input_ids[row, start:] = torch.tensor(ids)
+        attention_mask[row, start:] = 1
+    return input_ids, attention_mask
 
 
 def as_conversation(text, images, config):

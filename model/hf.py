@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, N images in the batch, S their size in pixels, P toke
 import torch
 from transformers import BatchFeature, CLIPVisionConfig, CLIPVisionModel, ProcessorMixin
 
-from .conversation import as_conversation, encode_conversations, tokenizer_fields
+from .conversation import as_conversation, encode_conversations, pad_left, tokenizer_fields
 from .images import normalise, to_pixels
 from .LMConfig import LMConfig
 from .model_vlm import MiniMindVLM
@@ -72,14 +72,8 @@ class MiniMindVProcessor(ProcessorMixin):
             [as_conversation(text, len(images), config)] if isinstance(text, str) else [[("user", one)] for one in text]
         )
         rows = [ids.tolist() for ids, _ in encode_conversations(self.tokenizer, talks, config)]
-        length = max(len(row) for row in rows)
-        blank = [length - len(row) for row in rows]
-        inputs = {
-            "input_ids": torch.tensor(
-                [[config.pad_token_id] * n + row for n, row in zip(blank, rows, strict=True)], dtype=torch.long
-            ),
-            "attention_mask": torch.tensor([[0] * n + [1] * (length - n) for n in blank]),
-        }
+        input_ids, attention_mask = pad_left(rows)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if images:
             pixels = torch.stack([to_pixels(image, self.image_size) for image in images])
             inputs["pixel_values"] = normalise(pixels)
