@@ -26,7 +26,7 @@ from pathlib import Path
 from PIL import Image
 
 from model.errors import BadInput, run_script
-from model.files import replace_file
+from model.files import write_atomically
 from model.LMConfig import LMConfig
 
 from .records import CAPTION_PROMPT, make_record, parse_record
@@ -216,7 +216,7 @@ def main():
     try:
         if args.target.exists() and args.target.samefile(args.source):
             raise BadInput(f"{args.target} is the file to convert: name another to write")
-        replace_file(args.target, lambda f: f.write(content))
+        write_atomically(args.target, lambda f: f.write(content))
     except OSError as error:
         raise BadInput(f"{args.target} could not be written ({error.strerror})") from None
 

@@ -11,7 +11,7 @@ from itertools import islice
 
 from model.conversation import split_at_images
 from model.errors import BadInput, BadRecord
-from model.files import refuse_pointer
+from model.files import refuse_lfs_pointer
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 CAPTION_PROMPT = "描述这张图片。"  # the question for a picture that comes with a caption only
@@ -30,7 +30,7 @@ def read_records(path):
 
     BadInput if the file is missing or not such a list; it names the first record that is not valid JSON.
     """
-    refuse_pointer(path)
+    refuse_lfs_pointer(path)
     try:
         with open(path, encoding="utf-8-sig") as file:
             yield from parse_list(file, path)

@@ -15,11 +15,12 @@ class LMConfig(PretrainedConfig):
     rope_theta: base of the rotary embedding's frequencies.
     dropout: applied to embeddings, attention and feed-forward outputs while training.
     vision_width, image_tokens: width V and number P of the vectors one picture becomes (768 and 50 for CLIP ViT-B/32).
-    vision_bias: whether the projector has a bias (the published weights do, the design does not).
+    vision_bias: whether the projector has a bias (the published weights have one; weights trained here don't).
     image_special_token, image_ids: the placeholder of one image as text and as token ids, both `image_tokens` long.
-        `image_char_ids` are the ids of `<` and `>` in the tokenizer, from which `image_ids` is built.
-    use_moe: replaces each feed-forward by `n_routed_experts` experts, of which each token uses `num_experts_per_tok`,
-        plus `n_shared_experts` that every token uses; `aux_loss_alpha` weighs the loss that spreads tokens over experts.
+        `image_ids` is built from `image_char_ids`, the tokenizer's ids of `<` and `>`.
+    use_moe: replaces each feed-forward by `n_routed_experts` experts; a gate sends each token to `num_experts_per_tok` of
+        them. `n_shared_experts` is a switch, 1 or 0 (a bool in the published code): one more expert that every token uses.
+        `aux_loss_alpha` weighs the loss that spreads tokens over the experts.
     """
 
     model_type = "minimind-v"
@@ -64,6 +65,8 @@ class LMConfig(PretrainedConfig):
                 f"dim {dim}, n_heads {n_heads}, n_kv_heads {n_kv_heads}: dim must be a multiple of n_heads, "
                 "and n_heads of n_kv_heads"
             )
+        if n_shared_experts not in (0, 1):
+            raise BadInput(f"n_shared_experts is {n_shared_experts}: use 1 for a shared expert or 0 for none")
         self.dim = dim
         self.n_layers = n_layers
         self.n_heads = n_heads
@@ -97,8 +100,9 @@ class LMConfig(PretrainedConfig):
         return self.dim // self.n_heads
 
     def _placeholder(self, left, right):
-        """Half of the placeholder's places filled with `left`, the rest with `right`."""
-        return [left] * (self.image_tokens // 2) + [right] * (self.image_tokens - self.image_tokens // 2)
+        """A list of `image_tokens` items: the first half `left`, the rest `right`."""
+        half = self.image_tokens // 2
+        return [left] * half + [right] * (self.image_tokens - half)
 
     @property
     def image_special_token(self):

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from .checkpoint import load_parts
-from .conversation import as_conversation, encode_conversations
+from .conversation import as_conversation, encode_conversations, pad_left
 from .cpu_speed import RowLinear, quantize
 from .decoder import Decoder, GraphDecoder
 from .errors import BadInput
@@ -65,7 +65,7 @@ class Chat:
             quantize(self.model, self.device)
             quantize(self.encoder.model, self.device)
         elif self.device.type == "cpu":
-            RowLinear.put_into(self.model)
+            RowLinear.install(self.model)
         self.graph, self.graph_lock = None, threading.Lock()
         if self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")  # 8 MB a stream, not 32
@@ -163,12 +163,10 @@ class Chat:
         for chosen in (order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)):
             # a captured graph has a fixed batch, which is filled with the last question over and over
             rows = chosen + chosen[-1:] * (batch_size - len(chosen)) if graph else chosen
-            width = max(len(prompts[i]) for i in rows)
-            blank = [width - len(prompts[i]) for i in rows]
-            input_ids = torch.tensor([[0] * n + prompts[i] for n, i in zip(blank, rows, strict=True)])
-            mask = torch.tensor([[0] * n + [1] * (width - n) for n in blank])
-            limit = min(max_new_tokens, self.config.max_seq_len - width)
-            decoder = graph or Decoder(self.model, len(rows), width + limit)
+            input_ids, mask = pad_left([prompts[i] for i in rows])
+            length = input_ids.shape[1]
+            limit = min(max_new_tokens, self.config.max_seq_len - length)
+            decoder = graph or Decoder(self.model, len(rows), length + limit)
             scores = decoder.prompt(
                 input_ids.to(self.device), torch.cat([features[i] for i in rows]), mask.to(self.device)
             )

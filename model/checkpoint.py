@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .conversation import tokenizer_fields
 from .errors import BadInput
-from .files import read_object, refuse_pointer, replace_file, weights_in, write_json
+from .files import find_weights, read_json_object, refuse_lfs_pointer, write_atomically, write_json
 from .LMConfig import LMConfig
 from .model_vlm import MiniMindVLM
 from .vision_utils import VISION, VisionEncoder, load_vision
@@ -76,7 +76,7 @@ def weights_file(path):
     """The file with the tensors: the path itself, or what a transformers folder has."""
     path = Path(path)
     if path.is_dir():
-        path = weights_in(path)
+        path = find_weights(path)
     if path.suffix == ".json":
         raise BadInput(f"{path} is an index of sharded weights: merge them into one file")
     if not path.exists():
@@ -93,7 +93,7 @@ def read_weights(path):
     BadInput says what is wrong with the file.
     """
     path = weights_file(path)
-    refuse_pointer(path)
+    refuse_lfs_pointer(path)
     try:
         if path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
@@ -122,7 +122,7 @@ def read_metadata(path):
     """What comes with weights: the .json beside a .pth (config, hashes of tokenizer and CLIP, step, ...), or the
     `config.json` of a transformers folder under "config"; {} for a bare .pth made elsewhere. BadInput if it is damaged."""
     path = Path(path)
-    content = read_object(path / "config.json" if path.is_dir() else path.with_suffix(".json"))
+    content = read_json_object(path / "config.json" if path.is_dir() else path.with_suffix(".json"))
     if not path.is_dir() or not content:
         return content
     known = inspect.signature(LMConfig.__init__).parameters.keys() - {"self", "kwargs"}
@@ -310,4 +310,4 @@ def write_weights(path, state, metadata):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path.with_suffix(".json"), metadata)  # first: weights never exist without their metadata
-    replace_file(path, lambda f: torch.save(state, f))
+    write_atomically(path, lambda f: torch.save(state, f))

@@ -28,7 +28,7 @@ from dataset.records import coco_prefix, parse_record, read_records
 from .arguments import MAX_BAD_FRACTION, add_model_arguments, model_sizes, parse_with_demo
 from .checkpoint import PUBLISHED_TOKENIZER, build_config, load_tokenizer, load_vlm, read_metadata, tokenizer_hash
 from .errors import BadInput, BadRecord, run_script
-from .files import weights_in
+from .files import find_weights
 from .images import read_pixels
 from .LMConfig import LMConfig
 from .model_vlm import MiniMindVLM
@@ -195,7 +195,7 @@ class Doctor:
     def look_at_models(self):
         clip, tokenizer = Path(self.args.vision_path), Path(self.args.tokenizer_path)
         get = f"get it with: hf download openai/clip-vit-base-patch32 --local-dir {clip}"
-        self.look_at_file("CLIP", weights_in(clip), get, self.check_clip)
+        self.look_at_file("CLIP", find_weights(clip), get, self.check_clip)
         get = f"copy model/minimind_tokenizer of the first MiniMind-V into {tokenizer}"
         self.look_at_file("tokenizer", tokenizer / "tokenizer.json", get, self.check_tokenizer)
         for name, file in self.weights.items():

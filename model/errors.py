@@ -1,25 +1,25 @@
-"""What people can mend, and how a script tells them."""
+"""Errors that a user can fix, and how a script prints them."""
 
 import sys
 
 
 class BadInput(Exception):
-    """Something that the person at the keyboard can mend; the message says what and how, and scripts print it alone."""
+    """An error the user can fix. The message says what is wrong and what to do; scripts print it without a traceback."""
 
 
 class BadRecord(BadInput):
-    """A record of the data, or a picture of it, that can't be used. `reason` is what reports count by."""
+    """A record, or one of its pictures, that can't be used. Reports are grouped by `reason`."""
 
     def __init__(self, reason, message):
         super().__init__(message)
         self.reason = reason
 
-    def __reduce__(self):  # between processes
+    def __reduce__(self):  # picklable: DataLoader workers raise it
         return BadRecord, (self.reason, str(self))
 
 
 def run_script(main):
-    """Runs a script's main; what people can mend is told in one line, with exit code 1."""
+    """Runs a script's main; user errors are printed as one line, with exit code 1."""
     try:
         main()
     except BadInput as problem:

@@ -27,7 +27,7 @@ from .checkpoint import (
     write_weights,
 )
 from .errors import BadInput, run_script
-from .files import replace_file, write_json
+from .files import write_atomically, write_json
 from .model_vlm import MiniMindVLM
 from .stages import DEMO_MODEL
 from .vision_utils import VISION
@@ -118,7 +118,7 @@ def write_tensors(folder, state, encoder):
         vision = encoder.model.state_dict()
         tensors |= {f"{VISION}{name}": tensor.to(state[TIED[0]].dtype) for name, tensor in vision.items()}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    replace_file(
+    write_atomically(
         folder / "model.safetensors", lambda f: f.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
     )
 

@@ -1,4 +1,4 @@
-"""Files in and out: JSON objects, files that are whole or not there at all, and where a folder keeps its weights."""
+"""Reading and writing files: JSON objects, atomic writes, Git LFS pointers, and where a folder keeps its weights."""
 
 import contextlib
 import json
@@ -7,8 +7,8 @@ import os
 from .errors import BadInput
 
 
-def read_object(path):
-    """The object in a JSON file; {} where there is no file. BadInput if it is not whole, or something else."""
+def read_json_object(path):
+    """Reads a JSON object; {} if there is no file. BadInput if it is truncated or not an object."""
     if not path.exists():
         return {}
     try:
@@ -16,21 +16,21 @@ def read_object(path):
     except ValueError:  # not JSON, or not UTF-8
         content = None
     if not isinstance(content, dict):
-        raise BadInput(f"{path} is not a whole JSON object: copy or download it again")
+        raise BadInput(f"{path} is truncated, or not a JSON object: copy or download it again")
     return content
 
 
 def write_json(path, content):
-    """A JSON file, as a person would like to read it."""
+    """Writes JSON for people to read: indented, and without escaped characters."""
     text = json.dumps(content, ensure_ascii=False, indent=1)
-    replace_file(path, lambda f: f.write(text.encode()))
+    write_atomically(path, lambda f: f.write(text.encode()))
 
 
-def replace_file(path, write):
-    """Calls write(open file) on a temporary file and puts it, once it is on disk, in the place of `path`.
+def write_atomically(path, write):
+    """Calls write(open file) on a temporary file, syncs it to disk, and renames it to `path`.
 
-    OSError if there is no room or no right to write; `path` is then what it was. A process that is killed meanwhile leaves
-    the temporary file behind, to be overwritten by the next.
+    OSError if there is no room or no permission to write; `path` is then unchanged. A killed process leaves the temporary
+    file behind; the next write overwrites it.
     """
     partial = path.with_name(f"{path.name}.tmp")
     try:
@@ -39,25 +39,27 @@ def replace_file(path, write):
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
-    except RuntimeError as error:  # what torch.save makes of a file that could not be written
+    except RuntimeError as error:  # torch.save raises this when the file can't be written
         cause = error.__context__
         raise cause if isinstance(cause, OSError) else error from None
     finally:
         partial.unlink(missing_ok=True)
 
 
-def refuse_pointer(path):
-    """BadInput if a file is the few lines that Git leaves in the place of a large one until Git LFS has fetched it.
+def refuse_lfs_pointer(path):
+    """BadInput if the file is a Git LFS pointer: a few lines of text that stand for a large file not fetched yet.
 
-    What can't be opened is left to the loader to tell.
+    A file that can't be opened passes: the loader has the better message.
     """
     with contextlib.suppress(OSError), open(path, "rb") as file:
         if file.read(24) == b"version https://git-lfs.":
             raise BadInput(f"{path} is a Git LFS pointer and not yet the file: run `git lfs pull` in its folder")
 
 
-def weights_in(folder):
-    """The file with the tensors in a transformers folder, or the index of several such files, or where it should be."""
-    names = ("model.safetensors", "pytorch_model.bin")
-    files = [folder / f"{name}{index}" for name in names for index in ("", ".index.json")]
-    return next((file for file in files if file.exists()), files[0])
+def find_weights(folder):
+    """The weights file of a transformers folder, or its index if they are sharded; the usual name if there is neither."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        for file in (folder / name, folder / f"{name}.index.json"):
+            if file.exists():
+                return file
+    return folder / "model.safetensors"

@@ -1,4 +1,4 @@
-"""MiniMind-V as transformers' Auto classes see it, with its CLIP inside; `model.export` ships this file with each folder.
+"""MiniMind-V as transformers' Auto classes load it, with its CLIP inside; `model.export` copies this file to each folder.
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)     AutoProcessor.from_pretrained(...)
 
@@ -8,14 +8,14 @@ Shapes: B batch, T tokens, N images in the batch, S their size in pixels, P toke
 import torch
 from transformers import BatchFeature, CLIPVisionConfig, CLIPVisionModel, ProcessorMixin
 
-from .conversation import as_conversation, encode_conversations, tokenizer_fields
+from .conversation import as_conversation, encode_conversations, pad_left, tokenizer_fields
 from .images import normalise, to_pixels
 from .LMConfig import LMConfig
 from .model_vlm import MiniMindVLM
 
 
 class MiniMindVForConditionalGeneration(MiniMindVLM):
-    """`MiniMindVLM` that takes pixels too. `vision_encoder` is None in a folder exported without CLIP; set one to use it."""
+    """`MiniMindVLM` that takes pixels too. `vision_encoder` is None in a folder exported without CLIP, until one is set."""
 
     def __init__(self, config: LMConfig):
         super().__init__(config)
@@ -23,8 +23,8 @@ class MiniMindVForConditionalGeneration(MiniMindVLM):
         self.vision_encoder = CLIPVisionModel(CLIPVisionConfig(**clip)) if clip else None
         self.post_init()
 
-    def see(self, pixel_values):
-        """Normalised pixels (N, 3, S, S) -> features (N, P, V), frozen."""
+    def encode_images(self, pixel_values):
+        """Normalised pixels (N, 3, S, S) -> features (N, P, V), without a gradient."""
         if self.vision_encoder is None:
             raise ValueError(
                 "this folder was exported without --with_vision: set model.vision_encoder = "
@@ -38,14 +38,14 @@ class MiniMindVForConditionalGeneration(MiniMindVLM):
     ):
         """As `MiniMindLM.forward`, with pixel_values (N, 3, S, S) in place of image_features (N, P, V)."""
         if pixel_values is not None:
-            image_features = self.see(pixel_values)
-        # transformers' `generate` looks for the names of the last two above
+            image_features = self.encode_images(pixel_values)
+        # attention_mask and logits_to_keep are named above because `generate` inspects the signature for them
         return super().forward(
             input_ids, image_features, attention_mask=attention_mask, logits_to_keep=logits_to_keep, **kwargs
         )
 
     def prepare_inputs_for_generation(self, input_ids, past_key_values=None, pixel_values=None, **kwargs):
-        """The pixels are needed once, with the prompt."""
+        """Pixels are passed with the prompt only; later steps find the pictures in the cache."""
         inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
         if past_key_values is None or past_key_values.get_seq_length() == 0:
             inputs["pixel_values"] = pixel_values
@@ -53,7 +53,7 @@ class MiniMindVForConditionalGeneration(MiniMindVLM):
 
 
 class MiniMindVProcessor(ProcessorMixin):
-    """Questions and pictures in, the model's inputs out, by the same code that training uses."""
+    """Questions and pictures in, the model's inputs out; the code is that of training."""
 
     def __init__(self, tokenizer, image_size=224, image_tokens=50, **kwargs):
         super().__init__(tokenizer, **kwargs)
@@ -62,24 +62,25 @@ class MiniMindVProcessor(ProcessorMixin):
     def __call__(self, images=None, text="", **kwargs):
         """`input_ids`, `attention_mask` (B, T), padded on the left, and `pixel_values` (N, 3, S, S) as tensors.
 
-        text: a question, or a list of them. images: Pillow images, or one of them, for all questions in reading order; a
-        single question without `<image>` has its pictures put in front, among several questions each says where its
-        pictures go. BadInput if images and `<image>` of a single question differ in number; among several the model checks.
+        text: a question, or a list of questions. images: a Pillow image, or a list of them for all questions in reading
+        order. A single question without `<image>` gets its pictures in front; in a list, each question marks with `<image>`
+        where its pictures go. BadInput if a single question has another number of `<image>` than images; a list is checked
+        by the model.
         """
-        images = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
+        if images is None:
+            images = []
+        elif not isinstance(images, (list, tuple)):
+            images = [images]
+
+        # each question as a conversation of one turn, then as token ids
         config = LMConfig(image_tokens=self.image_tokens, **tokenizer_fields(self.tokenizer))
-        talks = (
-            [as_conversation(text, len(images), config)] if isinstance(text, str) else [[("user", one)] for one in text]
-        )
-        rows = [ids.tolist() for ids, _ in encode_conversations(self.tokenizer, talks, config)]
-        length = max(len(row) for row in rows)
-        blank = [length - len(row) for row in rows]
-        inputs = {
-            "input_ids": torch.tensor(
-                [[config.pad_token_id] * n + row for n, row in zip(blank, rows, strict=True)], dtype=torch.long
-            ),
-            "attention_mask": torch.tensor([[0] * n + [1] * (length - n) for n in blank]),
-        }
+        if isinstance(text, str):
+            conversations = [as_conversation(text, len(images), config)]
+        else:
+            conversations = [[("user", question)] for question in text]
+        prompts = [ids.tolist() for ids, _ in encode_conversations(self.tokenizer, conversations, config)]
+        input_ids, attention_mask = pad_left(prompts)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if images:
             pixels = torch.stack([to_pixels(image, self.image_size) for image in images])
             inputs["pixel_values"] = normalise(pixels)

@@ -13,43 +13,52 @@ from .errors import BadInput
 def score(chat, data_path, images_path, seed=0):
     """Exact match on a labelled file: {kind: (questions, right with its own picture, right with another record's)}.
 
-    Each record's first question is asked, after its system turn if it has one, and its answer compared to the letter; `kind`
-    groups records, "all" sums them up. The last figure tells how far one gets by guessing from the question alone; None if
-    all records have the same picture.
+    Asks each record's first question, after its system turn if it has one; an answer is right if it equals the label. `kind`
+    groups records; "all" sums them up. The last number shows how far guessing from the question alone gets; None if all
+    records have the same picture.
     """
-    records = read_records(data_path)
-    kinds, questions, wanted, names = [], [], [], []
-    for number, record in enumerate(records):
+    # read all questions and labels
+    kinds, questions, labels, names = [], [], [], []
+    for number, record in enumerate(read_records(data_path)):
         turns, images = parse_record(record, f"{data_path}, record {number}", chat.config.image_special_token)
+        length = 2 if turns[0][0] == "system" else 1  # turns of the question
         kinds.append(record.get("kind", "question"))
-        asked = 2 if turns[0][0] == "system" else 1
-        questions.append(chat.encode_prompt(turns[:asked])[0].tolist())
-        wanted.append(turns[asked][1])
+        questions.append(chat.encode_prompt(turns[:length])[0].tolist())
+        labels.append(turns[length][1])
         names.append(tuple(images))
+
+    # run CLIP once over each different set of pictures
     sets = list(dict.fromkeys(names))
     if len({len(one) for one in sets}) > 1 or not sets[0]:
         raise BadInput(f"{data_path}: to score, all records need pictures, and the same number of them")
-    seen = {}
+    features = {}  # set of names -> (n, P, V)
     for begin in range(0, len(sets), 32):
         part = sets[begin : begin + 32]
-        features = chat.encode_images([Path(images_path) / name for one in part for name in one])
-        seen.update(zip(part, features.split(len(sets[0])), strict=True))
+        files = [Path(images_path) / name for one in part for name in one]
+        features.update(zip(part, chat.encode_images(files).split(len(sets[0])), strict=True))
+
+    # swap pictures in a ring, shuffled, so that no set is given its own
     shuffled = sets[:]
     random.Random(seed).shuffle(shuffled)
-    other = dict(zip(shuffled, shuffled[1:] + shuffled[:1], strict=True))  # everyone's neighbour: never its own picture
-    results = [
-        [answer == right for answer, right in zip(chat.answer_all(questions, features), wanted, strict=True)]
-        for features in ([seen[one] for one in names], [seen[other[one]] for one in names])
-    ]
-    table = defaultdict(lambda: [0, 0, 0])
-    for kind, own, others in zip(kinds, *results, strict=True):
-        for row in (table[kind], table["all"]):
-            for column, value in enumerate((1, own, others)):
-                row[column] += value
-    table["all"] = table.pop("all")  # last
-    alone = len(sets) == 1
+    swapped = dict(zip(shuffled, shuffled[1:] + shuffled[:1], strict=True))
+
+    # ask everything twice: about the right pictures, and about the swapped ones
+    own_answers = chat.answer_all(questions, [features[one] for one in names])
+    other_answers = chat.answer_all(questions, [features[swapped[one]] for one in names])
+
+    # count right answers per kind
+    counts = defaultdict(lambda: [0, 0, 0])  # kind -> questions, right, right with swapped pictures
+    for kind, label, own, other in zip(kinds, labels, own_answers, other_answers, strict=True):
+        for row in (counts[kind], counts["all"]):
+            row[0] += 1
+            row[1] += own == label
+            row[2] += other == label
+    counts["all"] = counts.pop("all")  # last
+
+    only_one = len(sets) == 1
     return {
-        kind: (count, own / count, None if alone else others / count) for kind, (count, own, others) in table.items()
+        kind: (total, right / total, None if only_one else right_swapped / total)
+        for kind, (total, right, right_swapped) in counts.items()
     }
 
 
@@ -62,4 +71,4 @@ def read_questions(folder):
         pairs = json.loads(file.read_text(encoding="utf-8"))
         return [([file.parent / name for name in names], str(question)) for names, question in pairs]
     except (ValueError, TypeError) as error:
-        raise BadInput(f"{file} is no JSON list of [[picture, ...], question] pairs ({error}): mend it") from None
+        raise BadInput(f"{file} is not a JSON list of [[picture, ...], question] pairs ({error}): fix it") from None

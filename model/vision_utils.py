@@ -15,12 +15,12 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.utils import logging as hf_logging
 
 from .errors import BadInput
-from .files import read_object, refuse_pointer, weights_in
+from .files import find_weights, read_json_object, refuse_lfs_pointer
 from .images import PIXEL_MEAN, PIXEL_STD, normalise
 from .LMConfig import LMConfig
 
-CLIPS = ("clip", "clip_vision_model")  # what a CLIP's config.json calls itself
-VISION = "vision_encoder."  # before the names of CLIP's tensors in a MiniMind-V folder that brings it
+CLIP_MODEL_TYPES = ("clip", "clip_vision_model")  # `model_type` in a CLIP's config.json
+VISION = "vision_encoder."  # prefix of CLIP's tensor names in a MiniMind-V folder that contains it
 
 
 class VisionEncoder:
@@ -31,13 +31,22 @@ class VisionEncoder:
 
     def __init__(self, model: CLIPVisionModel, device="cpu", dtype=torch.float32):
         self.model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
-        self.device, self.dtype = torch.device(device), dtype
+        self.device = torch.device(device)
+        self.dtype = dtype
+
+        # S, P and V: P counts every patch and the class token
         config = model.config
         self.image_size = config.image_size
         self.image_tokens = (config.image_size // config.patch_size) ** 2 + 1
         self.vision_width = config.hidden_size
-        self.mean, self.std = PIXEL_MEAN.to(device), PIXEL_STD.to(device)
-        self.captured = threading.local()  # one slot a thread, so that two callers at once don't mix their pictures
+
+        # on the device once, rather than copied there at every call
+        self.mean = PIXEL_MEAN.to(device)
+        self.std = PIXEL_STD.to(device)
+
+        # a hook takes the encoder's output before the final LayerNorm and pooling; one slot per thread, so that two
+        # callers at once don't mix their pictures
+        self.captured = threading.local()
         encoder = getattr(model, "vision_model", model).encoder
         encoder.register_forward_hook(self._capture)
 
@@ -48,16 +57,18 @@ class VisionEncoder:
     def __call__(self, pixels):
         """uint8 pixels (N, 3, S, S) -> (N, P, V): the encoder's output for the class token and every patch.
 
-        Not CLIP's pooled vector: that is one summary of the picture, these still say what is where.
+        Not CLIP's pooled vector: that summarises the picture, these still say what is where.
         """
-        self.model(normalise(pixels.to(self.device), self.mean, self.std).to(self.dtype))
+        pixel_values = normalise(pixels.to(self.device), self.mean, self.std)  # (N, 3, S, S), float32
+        self.model(pixel_values.to(self.dtype))
         return self.captured.features
 
 
 @contextlib.contextmanager
 def quiet_transformers():
-    """No progress bars, and no report of the tensors of a full CLIP's text half, line by line."""
-    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    """Silences progress bars and the report on CLIP's unused text weights."""
+    level = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
@@ -69,54 +80,68 @@ def quiet_transformers():
 
 
 def load_vision(folder, device="cpu", dtype=torch.float32):
-    """Loads only the vision half of a CLIP folder in transformers format, or of a folder made by `model.export --with_vision`.
+    """Loads the vision half of a CLIP folder in transformers format, or of a folder made by `model.export --with_vision`.
 
-    BadInput if it is missing, incomplete or no CLIP.
+    BadInput if it is missing, incomplete, or not a CLIP.
     """
     folder = Path(folder)
-    config, weights = read_object(folder / "config.json"), weights_in(folder)
-    for file in (weights, *folder.glob("*-of-*")):  # the latter are the files that an index names
-        refuse_pointer(file)
+    config = read_json_object(folder / "config.json")
+    weights = find_weights(folder)
+
+    # a clone without Git LFS has text in place of the weights, or of the shards that an index names
+    for file in (weights, *folder.glob("*-of-*")):
+        refuse_lfs_pointer(file)
+
+    # a MiniMind-V folder that contains its CLIP
     if has_vision(folder):
         return VisionEncoder(bundled_vision(folder), device, dtype)
+
+    # any other folder must be a CLIP's
     if not config:
         raise BadInput(
             f"no CLIP in {folder}: download clip-vit-base-patch32 into it (see README, 'Train it for real'), "
             "name another folder with --vision_path, or try --demo"
         )
-    if config.get("model_type") not in CLIPS:
+    if config.get("model_type") not in CLIP_MODEL_TYPES:
         raise BadInput(
-            f"{folder} holds no CLIP, but a {config.get('model_type')}: name a CLIP's folder with --vision_path"
+            f"{folder} is not a CLIP (model_type {config.get('model_type')}): name a CLIP's folder with --vision_path"
         )
-    told_below = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+
+    # transformers would fill gaps with random numbers: it reports them instead, and they are refused below
     try:
         with quiet_transformers():
             model, info = CLIPVisionModel.from_pretrained(
-                folder, local_files_only=True, dtype=torch.float32, **told_below
+                folder,
+                local_files_only=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
     except (EOFError, pickle.UnpicklingError, safetensors.SafetensorError):
-        odd = f"{weights} names a file that is" if weights.suffix == ".json" else f"{weights} is"
-        raise BadInput(f"{odd} not a whole file of weights: copy or download it again") from None
+        subject = f"{weights} names a file that is" if weights.suffix == ".json" else f"{weights} is"
+        raise BadInput(f"{subject} truncated, or not a file of weights: copy or download it again") from None
     except (OSError, ValueError, RuntimeError) as error:
         raise BadInput(f"the CLIP in {folder} could not be loaded: {str(error).splitlines()[0]}") from None
-    for name, found, wanted in sorted(info["mismatched_keys"]):
-        shapes = f"{name} is {tuple(found)}, by its config.json {tuple(wanted)}"
-        raise BadInput(f"the CLIP in {folder} is of two models: {shapes}: download both files again")
+
+    # every tensor must be there, in the size that config.json says
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        shapes = f"{name} is {tuple(found)}, config.json says {tuple(expected)}"
+        raise BadInput(f"config.json and the weights in {folder} don't match ({shapes}): download both files again")
     missing = [key for key in info["missing_keys"] if "position_ids" not in key]
     if missing:
-        raise BadInput(f"the CLIP in {folder} lacks {len(missing)} tensors, first {missing[0]}: download it again")
+        raise BadInput(f"the CLIP in {folder} lacks {len(missing)} tensors, e.g. {missing[0]}: download it again")
     return VisionEncoder(model, device, dtype)
 
 
 def has_vision(folder):
-    """Whether a MiniMind-V folder in transformers format brings its CLIP."""
-    content = read_object(Path(folder) / "config.json")
+    """Whether a folder is a MiniMind-V in transformers format that contains its CLIP."""
+    content = read_json_object(Path(folder) / "config.json")
     return content.get("model_type") == LMConfig.model_type and "vision_config" in content
 
 
 def bundled_vision(folder):
-    """The CLIP in such a folder."""
-    config = read_object(folder / "config.json")["vision_config"]
+    """The CLIP in such a folder, as a `CLIPVisionModel`."""
+    config = read_json_object(folder / "config.json")["vision_config"]
     model = CLIPVisionModel(CLIPVisionConfig(**config))
     try:
         state = safetensors.torch.load_file(folder / "model.safetensors")

@@ -12,10 +12,10 @@ from transformers import StaticCache, TextIteratorStreamer
 from dataset.records import make_record
 from model.chat import Chat
 from model.checkpoint import load_tokenizer
-from model.conversation import as_conversation
+from model.conversation import as_conversation, encode, pad_left
 from model.decoder import Decoder, GraphDecoder
 from model.errors import BadInput
-from model.generate import before
+from model.generate import until_stop
 from model.model_vlm import find_placeholders
 from model.score import score
 
@@ -125,7 +125,7 @@ def test_says_why_it_ended(chat, pictures):
 def test_stop_texts_end_the_answer_before_them(chat, stops, text):
     pieces = (character for character in "左上角红色大圆形")
     found = []
-    assert "".join(before(stops, pieces, lambda: found.append(True))) == text
+    assert "".join(until_stop(stops, pieces, lambda: found.append(True))) == text
     assert bool(found) == (text != "左上角红色大圆形")
     say(chat, "左上角红色大圆形")
     answer = chat.stream("?", max_new_tokens=50, stop=stops, **GREEDY)
@@ -160,6 +160,27 @@ def test_several_pictures_are_one_clip_forward(chat, pictures):
 
 def test_pictures_without_a_place_come_first(chat, pictures):
     assert as_conversation("颜色？", 2, chat.config) == as_conversation("<image>\n<image>\n颜色？", 2, chat.config)
+
+
+def test_encoding_leaves_the_shared_tokenizer_as_it_was():
+    """Someone else may read `</s>` as a token with it, pad with it, or add tokens to it."""
+    tokenizer = load_tokenizer(ROOT / "model" / "demo")
+    backend = tokenizer.backend_tokenizer
+    backend.enable_padding(length=8)
+    backend.enable_truncation(3)
+    plain = encode(tokenizer, ["</s>", "颜色颜色颜色颜色"])
+    assert tokenizer.eos_token_id not in plain[0] and tokenizer.decode(plain[0]) == "</s>"
+    assert len(plain[1]) > 3 and 0 not in plain[1]
+    assert backend.encode("</s>").ids == [tokenizer.eos_token_id, *[0] * 7]
+    assert backend.padding["length"] == 8 and backend.truncation["max_length"] == 3
+    tokenizer.add_tokens(["新词"])
+    assert encode(tokenizer, ["新词"]) == [[len(tokenizer) - 1]]
+
+
+def test_prompts_of_different_length_are_padded_on_the_left():
+    input_ids, attention_mask = pad_left([[5, 6, 7], [8]])
+    assert input_ids.tolist() == [[5, 6, 7], [0, 0, 8]]
+    assert attention_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
 def test_earlier_turns_are_read(chat, pictures):
@@ -258,10 +279,10 @@ def test_score_keeps_the_system_turn_and_compares_no_picture_with_itself(chat, p
 @torch.inference_mode()
 def test_a_step_of_fixed_shapes_scores_as_one_that_grows(chat, pictures):
     """What a GPU captures as a graph, here without one: two questions of different length, padded on the left."""
-    prompts = [chat.encode_prompt(as_conversation(text, 1, chat.config))[0] for text in ("?", "左上角是什么颜色?")]
-    width = max(len(ids) for ids in prompts)
-    input_ids = torch.stack([F.pad(ids, (width - len(ids), 0)) for ids in prompts])
-    mask = torch.stack([F.pad(torch.ones_like(ids), (width - len(ids), 0)) for ids in prompts])
+    prompts = [
+        chat.encode_prompt(as_conversation(text, 1, chat.config))[0].tolist() for text in ("?", "左上角是什么颜色?")
+    ]
+    input_ids, mask = pad_left(prompts)
     features = chat.encode_images(pictures[:2])
     growing, fixed = Decoder(chat.model, 2, 128), GraphDecoder(chat.model, 2, 128)
     for decoder in (growing, fixed, fixed):  # the second time over what the first left behind

@@ -178,7 +178,9 @@ def test_refusals_name_the_first_difference_and_its_cause(tmp_path, tokenizer):
         refused("contains pickled code, not only tensors: refusing to load it", path=broken)
     assert not (ROOT / "ran").exists() and not os.path.exists("ran")
     path.with_suffix(".json").write_text('{"config": {"dim"')
-    with pytest.raises(BadInput, match=r"64_vlm_sft.json is not a whole JSON object: copy or download it again"):
+    with pytest.raises(
+        BadInput, match=r"64_vlm_sft.json is truncated, or not a JSON object: copy or download it again"
+    ):
         load_vlm(path, LMConfig(**tiny), Published())
     (tmp_path / "folder").mkdir()
     with pytest.raises(BadInput, match="model.safetensors not found"):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dataset import demo
 from model.errors import BadInput
-from model.images import evenly, read_frames, to_pixels
+from model.images import frame_indices, read_frames, to_pixels
 from web_server import create_app
 
 
@@ -27,8 +27,8 @@ def seen(path, most=8):
 
 
 def test_frames_are_spread_evenly_from_the_first_to_the_last():
-    assert evenly(3, 8) == [0, 1, 2] and evenly(1, 8) == [0] and evenly(9, 1) == [0]
-    assert evenly(100, 4) == [0, 33, 66, 99]
+    assert frame_indices(3, 8) == [0, 1, 2] and frame_indices(1, 8) == [0] and frame_indices(9, 1) == [0]
+    assert frame_indices(100, 4) == [0, 33, 66, 99]
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.mp4", "a.webm", "a.mov"])

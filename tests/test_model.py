@@ -6,6 +6,7 @@ import torch
 from helpers import golden_model
 from transformers import StaticCache
 
+from model.errors import BadInput
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
 from model.model_vlm import MiniMindVLM, find_placeholders
@@ -75,9 +76,9 @@ def test_loss_of_a_batch_is_the_sum_of_its_parts(use_moe):
     )  # padding is nothing
 
 
-def test_in_a_training_step_nobody_waits_for_a_gpu(monkeypatch):
-    """No size and no number hangs on what a GPU has computed, forward or backward."""
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # as on a GPU, placeholders are not counted again
+def test_a_training_step_has_no_device_sync(monkeypatch):
+    """No shape and no Python number depends on what a GPU has computed, forward or backward."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # as on a GPU, the placeholder check is skipped
     config = LMConfig(**TINY)
     model, features = MiniMindVLM(config).train(), torch.randn(3, 50, 768)
     ids = torch.tensor([[5, *config.image_ids * 2, 6, 7], [*config.image_ids, *range(8, 61)]])
@@ -85,14 +86,14 @@ def test_in_a_training_step_nobody_waits_for_a_gpu(monkeypatch):
         loss = model(ids, features, labels=ids, label_positions=torch.arange(40), num_items_in_batch=40).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    asked = {event.key for event in profile.key_averages()}
-    assert "aten::index_put" in asked
-    assert not asked & {"aten::nonzero", "aten::masked_select", "aten::_local_scalar_dense"}
+    called = {event.key for event in profile.key_averages()}
+    assert "aten::index_put" in called
+    assert not called & {"aten::nonzero", "aten::masked_select", "aten::_local_scalar_dense"}
     assert model.vision_proj.vision_proj[0].weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("tokens", [1, 33])
-def test_experts_all_at_once_and_one_by_one_are_the_same(tokens):
+def test_grouped_experts_and_a_loop_over_experts_are_the_same(tokens):
     """Values and gradients; with one token, two of the four experts have nothing to do."""
     torch.manual_seed(0)
     layer = MiniMindLM(LMConfig(**TINY, use_moe=True)).layers[0].feed_forward
@@ -127,6 +128,17 @@ def test_experts_learn_and_are_balanced(dtype):
     assert losses[-1] < 0.5 * losses[0]
     plain = torch.nn.functional.cross_entropy(output.logits.float(), ids[:, 1:].flatten())
     assert 0.015 < (output.loss - plain).item() < 0.04  # two layers, alpha 0.01 each
+
+
+def test_a_shared_expert_is_there_or_not():
+    with torch.device("meta"):
+        models = [MiniMindLM(LMConfig(**TINY, use_moe=True, n_shared_experts=n)) for n in (0, 1, False, True)]
+    none, one, off, on = (sum(p.numel() for p in model.parameters()) for model in models)
+    assert one - none == 2 * 3 * 64 * models[0].config.hidden_dim  # one SwiGLU in each of two layers
+    assert (off, on) == (none, one)
+    for n in (2, -1, None):
+        with pytest.raises(BadInput, match=f"n_shared_experts is {n}: use 1 for a shared expert or 0 for none"):
+            LMConfig(**TINY, use_moe=True, n_shared_experts=n)
 
 
 @pytest.mark.parametrize("use_moe", [False, True])
@@ -190,7 +202,7 @@ def test_wrong_number_of_images_names_both(images):
 
 
 def test_batch_without_pictures_still_has_a_gradient_for_the_projector():
-    """Else a process whose batch is text alone would leave the others waiting."""
+    """Else DDP would hang on the ranks whose batches have pictures."""
     model = MiniMindVLM(LMConfig(**TINY)).train()
     ids = torch.randint(40, 300, (2, 60))
     model(ids, labels=ids).loss.backward()

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 
 from model.errors import BadInput
-from model.files import weights_in
+from model.files import find_weights
 from model.images import normalise, read_pixels, to_pixels, to_rgb
 from model.training.feature_cache import FeatureCache, cache_key
 from model.vision_utils import VisionEncoder, load_vision
@@ -27,8 +27,8 @@ def test_preprocessing_agrees_with_published(tiny_clip):
     facts = golden("preprocess")
     pixels = normalise(to_pixels(gradient(), 224)[None])[0]
     assert list(pixels.shape) == facts["shape"]
-    for place, value in facts["samples"].items():
-        assert pixels[tuple(map(int, place.split(",")))].item() == pytest.approx(value, abs=1e-4), place
+    for index, value in facts["samples"].items():
+        assert pixels[tuple(map(int, index.split(",")))].item() == pytest.approx(value, abs=1e-4), index
     np.testing.assert_allclose(pixels.mean(dim=(1, 2)), facts["mean"], atol=1e-4)
     np.testing.assert_allclose(pixels.std(dim=(1, 2)), facts["std"], atol=1e-4)
 
@@ -117,8 +117,8 @@ def test_loads_only_the_vision_half_and_quietly(tmp_path, capfd):
     torch.testing.assert_close(encoder(pixels), own)
 
 
-def test_what_is_no_whole_clip_is_refused(tiny_clip):
-    """As it is found on disks: files cut off, files of two models, other models, and what Git leaves before LFS comes."""
+def test_what_is_not_a_whole_clip_is_refused(tiny_clip):
+    """As it is found on disks: truncated files, files of two models, other models, and pointers of Git LFS."""
     weights, notes = tiny_clip / "model.safetensors", tiny_clip / "config.json"
     config, tensors = json.loads(notes.read_text()), weights.read_bytes()
 
@@ -128,33 +128,33 @@ def test_what_is_no_whole_clip_is_refused(tiny_clip):
         assert str(tiny_clip) in str(caught.value) and "\n" not in str(caught.value)
 
     weights.write_bytes(tensors[:10_000])
-    refused("model.safetensors is not a whole file of weights")
+    refused("model.safetensors is truncated, or not a file of weights")
     weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 605157884\n")
     refused("model.safetensors is a Git LFS pointer and not yet the file: run `git lfs pull`")
     weights.rename(tiny_clip / "pytorch_model.bin")
     refused("pytorch_model.bin is a Git LFS pointer")
     (tiny_clip / "pytorch_model.bin").write_bytes(b"")
-    refused("pytorch_model.bin is not a whole file of weights")
+    refused("pytorch_model.bin is truncated, or not a file of weights")
     weights.write_bytes(tensors)
     notes.write_text(json.dumps({**config, "hidden_size": 96}))
-    refused(r"is of two models: .*class_embedding is \(48,\), by its config.json \(96,\): download both")
+    refused(r"don't match \(.*class_embedding is \(48,\), config.json says \(96,\)\): download both")
     notes.write_text(json.dumps({**config, "model_type": "bert"}))
-    refused("holds no CLIP, but a bert: name a CLIP's folder with --vision_path")
+    refused(r"is not a CLIP \(model_type bert\): name a CLIP's folder with --vision_path")
     notes.write_text(json.dumps(config)[:50])
-    refused("config.json is not a whole JSON object")
+    refused("config.json is truncated, or not a JSON object")
 
 
 def test_a_clip_in_several_files(tiny_clip):
-    """As save_pretrained writes a large one: all of it is looked at, and what is wrong is told by the file's name."""
+    """As save_pretrained writes a large one: every shard is checked, and the error names the file."""
     whole = load_vision(tiny_clip)
     (tiny_clip / "model.safetensors").unlink()
     whole.model.save_pretrained(tiny_clip, max_shard_size="100KB")
     first, *others = sorted(tiny_clip.glob("model-*.safetensors"))
-    assert others and weights_in(tiny_clip) == tiny_clip / "model.safetensors.index.json"
+    assert others and find_weights(tiny_clip) == tiny_clip / "model.safetensors.index.json"
     pixels = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
     assert torch.equal(load_vision(tiny_clip)(pixels), whole(pixels))
     first.write_bytes(first.read_bytes()[:1000])
-    with pytest.raises(BadInput, match="model.safetensors.index.json names a file that is not a whole file of weights"):
+    with pytest.raises(BadInput, match="model.safetensors.index.json names a file that is truncated, or not a file"):
         load_vision(tiny_clip)
     first.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 605157884\n")
     with pytest.raises(BadInput, match=f"{first} is a Git LFS pointer"):

@@ -301,7 +301,7 @@ def test_sample_pictures_may_have_any_name(app, flags, pictures, tmp_path, monke
     (sample,) = client.get("/info").get_json()["samples"]
     assert client.get(f"/{sample['pictures'][0]}").data == pictures[0].read_bytes()
     (folder / "questions.json").write_text('[[["a.jpg"], "?"],]')
-    with pytest.raises(BadInput, match="questions.json is no JSON list of .* mend it"):
+    with pytest.raises(BadInput, match="questions.json is not a JSON list of .* fix it"):
         create_app(*flags)
 
 

@@ -1,16 +1,16 @@
-"""Makes the demo's CLIP from nothing: a real but small `CLIPModel`, trained contrastively on the demo's pictures.
+"""Makes the demo's CLIP from scratch: a real but small `CLIPModel`, trained contrastively on the demo's pictures.
 
     python -m model.demo.make_clip --minutes 30
 
 Two losses, both contrasts of pictures and texts:
-- whole pictures against whole captions, CLIP's own loss, where a batch holds variants of the same scene that differ in one
-  word, since plain random batches are told apart by colour and place alone;
+- whole pictures against whole captions, CLIP's own loss. A batch holds variants of the same scene that differ in one word:
+  in plain random batches, colour and place alone would tell the scenes apart;
 - things against words: the token of the patch in a thing's middle must find each of its four words ("左上角", "大", "红色",
-  "圆形") among all words of that sort. Only the class token sees the first loss, so without the second nothing would keep the
-  last layer's patch tokens, the ones MiniMind-V reads, from forgetting what they show (the idea is RegionCLIP's, Zhong et
-  al. 2022). Words rather than phrases, so that a colour and a shape never seen together are still read apart.
+  "圆形") among all words of that sort. The first loss reaches only the class token; without the second, the last layer's
+  patch tokens, which MiniMind-V reads, would forget what they show (the idea is RegionCLIP's, Zhong et al. 2022). Words
+  rather than phrases, so that a colour and a shape never seen together are still recognised.
 
-Nothing held out is among its pictures. It prints how well a linear probe reads each word from the patch tokens, and writes
+Held-out scenes are not among its pictures. It prints how well a linear probe reads each word from the patch tokens, and writes
 model/demo/config.json and model.safetensors (float16).
 """
 
@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from dataset import demo
-from dataset.records import chunked
 from model.conversation import encode
 from model.images import normalise, to_pixels
 from model.vision_utils import VisionEncoder
@@ -35,7 +34,7 @@ WORDS = [list(demo.PLACES), list(demo.SIZES), list(demo.COLOURS), demo.SHAPES]  
 
 
 def new_clip(vocab_size):
-    """A random CLIP: patch 32, 224 pixels, so 50 tokens as the real one."""
+    """An untrained CLIP: patch 32, 224 pixels, so 50 tokens like ViT-B/32."""
     config = CLIPConfig(
         projection_dim=96,
         vision_config=dict(
@@ -54,20 +53,21 @@ def new_clip(vocab_size):
             num_attention_heads=4,
             max_position_embeddings=64,
             bos_token_id=1,
-            eos_token_id=0,  # what the pooled text token is found by: the first padding after the text
+            eos_token_id=0,  # CLIP pools at the first eos token: here the first padding after the text
             pad_token_id=0,
         ),
     )
     clip = CLIPModel(config)
-    # with the usual 0.02 the positions drown in the patch embeddings, and the tokens forget where they are
+    # with the usual 0.02, patch embeddings would swamp the position embeddings, and tokens forget where they are
     torch.nn.init.normal_(clip.vision_model.embeddings.position_embedding.weight, std=0.5)
     return clip
 
 
 def variant(scene, rng):
-    """The scene with one word of one thing changed; None where that leaves the training split."""
+    """The scene with one word of one thing changed; None if the result is not in the training split."""
     i = rng.randrange(len(scene))
-    thing, word = scene[i], rng.choice(["colour", "shape", "size", "place"])
+    thing = scene[i]
+    word = rng.choice(["colour", "shape", "size", "place"])
     if word == "place":
         free = [place for place in demo.PLACES if not demo.only(scene, place=place)]
         new = thing._replace(place=rng.choice(free))
@@ -82,8 +82,8 @@ def variant(scene, rng):
 
 
 def batch_of_scenes(rng, size):
-    """Groups of a scene and up to three variants, all different."""
-    scenes = {}
+    """`size` different scenes, in groups of one and up to three variants of it."""
+    scenes = {}  # an ordered set
     while len(scenes) < size:
         scene = demo.random_scene(rng)
         scenes[scene] = None
@@ -99,13 +99,13 @@ def plain_caption(scene):
 
 
 def patch_of(thing):
-    """Number of the patch token at a thing's place; token 0 is the class token."""
+    """Index of the patch token at a thing's place; token 0 is the class token."""
     x, y = demo.PLACES[thing.place]
     return 1 + y // 32 * 7 + x // 32
 
 
 def numbers(things, field):
-    """Which word of its sort each thing has in this field, (n,)."""
+    """Index of each thing's word among the words of this field: (n,)."""
     return torch.tensor([WORDS[field].index(thing[field]) for thing in things])
 
 
@@ -127,45 +127,54 @@ def text_vectors(clip, tokenizer, texts):
 
 
 def step_loss(clip, tokenizer, scenes, pixels):
-    """Both losses for one batch of scenes and their normalised pictures."""
-    seen = clip.vision_model(pixels)
+    """Both losses, (pictures against captions, things against words), of a batch of scenes and their normalised pictures."""
+    output = clip.vision_model(pixels)
     scale = clip.logit_scale.exp().clamp(max=100)
-    captions = text_vectors(clip, tokenizer, [plain_caption(scene) for scene in scenes])
-    whole = contrast(clip.visual_projection(seen.pooler_output), captions, scale)
 
-    things = [(row, thing) for row, scene in enumerate(scenes) for thing in scene]
-    rows, patches = [row for row, _ in things], [patch_of(thing) for _, thing in things]
-    tokens = F.normalize(
-        clip.visual_projection(clip.vision_model.post_layernorm(seen.last_hidden_state[rows, patches])), dim=-1
-    )
+    # whole pictures against whole captions
+    captions = text_vectors(clip, tokenizer, [plain_caption(scene) for scene in scenes])
+    picture_loss = contrast(clip.visual_projection(output.pooler_output), captions, scale)
+
+    # the patch token in the middle of each thing
+    things = [thing for scene in scenes for thing in scene]
+    rows = [row for row, scene in enumerate(scenes) for _ in scene]
+    patches = [patch_of(thing) for thing in things]
+    tokens = clip.vision_model.post_layernorm(output.last_hidden_state[rows, patches])
+    tokens = F.normalize(clip.visual_projection(tokens), dim=-1)  # (things, projection_dim)
+
+    # against the words of each sort: place, size, colour, shape
     vectors = F.normalize(text_vectors(clip, tokenizer, [word for words in WORDS for word in words]), dim=-1)
-    apart = 0.0
+    word_loss = 0.0
     for field, own in enumerate(vectors.split([len(words) for words in WORDS])):
-        apart = apart + F.cross_entropy(scale * tokens @ own.T, numbers([thing for _, thing in things], field))
-    return whole, apart
+        word_loss = word_loss + F.cross_entropy(scale * tokens @ own.T, numbers(things, field))
+    return picture_loss, word_loss
 
 
 @torch.no_grad()
 def features_of(encoder, rng, split, count):
     """Patch tokens at the places of things, and the things: ((n, V), list)."""
     scenes = [demo.random_scene(rng, split) for _ in range(count)]
-    features = torch.cat(
-        [
-            encoder(torch.stack([to_pixels(demo.draw(s, rng), demo.PICTURE) for s in part]))
-            for part in chunked(scenes, 100)
-        ]
-    )
-    found = [(features[i, patch_of(thing)], thing) for i, scene in enumerate(scenes) for thing in scene]
-    return torch.stack([vector for vector, _ in found]), [thing for _, thing in found]
+    vectors, things = [], []
+    for begin in range(0, count, 100):
+        part = scenes[begin : begin + 100]
+        features = encoder(torch.stack([to_pixels(demo.draw(scene, rng), demo.PICTURE) for scene in part]))
+        for row, scene in enumerate(part):
+            vectors += [features[row, patch_of(thing)] for thing in scene]
+            things += scene
+    return torch.stack(vectors), things
 
 
 def probe(clip):
     """Accuracy of a linear probe (least squares) on the patch tokens, per word, on held-out and unseen things."""
-    encoder, rng = VisionEncoder(clip.vision_model), random.Random(3)
+    encoder = VisionEncoder(clip.vision_model)
+    rng = random.Random(3)
     x, things = features_of(encoder, rng, "train", 1500)
     tests = {split: features_of(encoder, rng, split, 300) for split in ("heldout", "unseen")}
-    clip.train().requires_grad_(True)
-    mean, std = x.mean(0), x.std(0)
+    clip.train().requires_grad_(True)  # the encoder froze it
+
+    # ridge regression on standardised features and a constant
+    mean = x.mean(0)
+    std = x.std(0)
     x = F.pad((x - mean) / std, (0, 1), value=1.0)
     inverse = torch.linalg.inv(x.T @ x + torch.eye(x.shape[1]))
     result = {}
@@ -199,8 +208,8 @@ def main():
         scenes = batch_of_scenes(rng, args.batch_size)
         pixels = normalise(torch.stack([to_pixels(demo.draw(s, rng), demo.PICTURE) for s in scenes]))
         with torch.autocast("cpu", torch.bfloat16):
-            whole, words = step_loss(clip, tokenizer, scenes, pixels)
-        (whole + words).backward()
+            picture_loss, word_loss = step_loss(clip, tokenizer, scenes, pixels)
+        (picture_loss + word_loss).backward()
         torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -208,7 +217,8 @@ def main():
         if progress - shown > 0.05:
             shown = progress
             minutes = (time.time() - begun) / 60
-            print(f"{minutes:.1f} min, step {step}, whole {whole:.3f}, words {words:.3f}", probe(clip), flush=True)
+            losses = f"pictures {picture_loss:.3f}, words {word_loss:.3f}"
+            print(f"{minutes:.1f} min, step {step}, {losses}", probe(clip), flush=True)
     print(probe(clip))
     clip.half().save_pretrained(FOLDER)
 

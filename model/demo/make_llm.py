@@ -1,10 +1,10 @@
-"""Makes the demo's language model, the counterpart of the published `512_llm.pth`: a small MiniMind that has only read.
+"""Makes the demo's language model, the counterpart of the published `512_llm.pth`: a small MiniMind trained on text only.
 
     python -m model.demo.make_llm --minutes 16
 
-It sees scenes described in words where later a picture will stand, and is asked the demo's questions about them, to retell
-them, and to say what leads from one description to another. Nothing held out is among its texts. It prints its exact-match
-score on held-out scenes as it goes and writes model/demo/192_llm.pth (float16).
+Where a picture will stand later, it reads a scene described in words. It learns to answer the demo's questions about the
+scene, to retell it, and to name the change from one description to another. Held-out scenes are not among its texts. It
+prints its exact-match score on held-out scenes during training, and writes model/demo/192_llm.pth (float16).
 """
 
 import argparse
@@ -32,14 +32,17 @@ SIZES = {"dim": 192, "n_layers": 4, "n_heads": 6, "n_kv_heads": 3, "multiple_of"
 def conversation(rng, split, turns, progress):
     """A conversation about a scene in words, easier at the beginning of training (`progress` from 0 to 1).
 
-    Easy ones have the scene as pairs of words, and many only retell it: a question has one word to look up, a retelling has
+    Easy ones give the scene as pairs of words, and most only retell it: a question trains one word to look up, a retelling
     every word of the scene.
     """
+    # two scenes, and what changed
     easy = rng.random() < 1 - 3 * progress
     if not easy and rng.random() < 0.12:
         before, after, instruction, _ = demo.scene_pair(rng, split)
         texts = [demo.scene_in_words(scene, rng) for scene in (before, after)]
         return [("user", "\n".join([*texts, rng.choice(demo.PAIR_PROMPTS)])), ("assistant", instruction)]
+
+    # one scene: retell it, or answer questions about it
     scene = demo.random_scene(rng, split, counts=(2, 2, 3) if easy else (1, 2, 3, 4))
     form = "pairs" if easy else None
     if rng.random() < (0.7 if easy else 0.2):
@@ -47,6 +50,8 @@ def conversation(rng, split, turns, progress):
         pairs = [(rng.choice(demo.CAPTION_PROMPTS), retold)]
     else:
         pairs = demo.questions(scene, rng, turns)
+
+    # the scene stands before the first question, as a picture will
     pairs[0] = (f"{demo.scene_in_words(scene, rng, form)}\n{pairs[0][0]}", pairs[0][1])
     return [turn for asked, answer in pairs for turn in (("user", asked), ("assistant", answer))]
 
@@ -65,7 +70,8 @@ def pad(encoded, width=None):
 @torch.no_grad()
 def score(model, tokenizer, split, count=150):
     """Share of single questions about scenes in words whose answer is exactly right, per kind (teacher forced, argmax)."""
-    rng, talks, kinds = random.Random(5), [], []
+    rng = random.Random(5)
+    talks, kinds = [], []
     for _ in range(count):
         scene = demo.random_scene(rng, split)
         for kind in demo.QUESTIONS:
@@ -79,10 +85,11 @@ def score(model, tokenizer, split, count=150):
         kinds.append("pair")
     input_ids, labels = pad(encode_conversations(tokenizer, talks, model.config))
     model.eval()
-    right = torch.cat([model(i).logits.argmax(-1)[:, :-1] for i in input_ids.split(128)])
+    predicted = torch.cat([model(part).logits.argmax(-1)[:, :-1] for part in input_ids.split(128)])
     model.train()
-    right = ((right == labels[:, 1:]) | (labels[:, 1:] == -100)).all(dim=1)
-    total, good = Counter(kinds), Counter(kind for kind, ok in zip(kinds, right.tolist(), strict=True) if ok)
+    right = ((predicted == labels[:, 1:]) | (labels[:, 1:] == -100)).all(dim=1)
+    total = Counter(kinds)
+    good = Counter(kind for kind, ok in zip(kinds, right.tolist(), strict=True) if ok)
     return {kind: round(good[kind] / total[kind], 3) for kind in total}
 
 
@@ -97,7 +104,7 @@ def optimizers(model, args):
 
 
 def train(model, tokenizer, args):
-    """Trains for `args.minutes`, the learning rate falling to zero over that time."""
+    """Trains for `args.minutes`; the learning rate is constant for half of that time, then falls to zero."""
     rng = random.Random(args.seed)
     chosen = optimizers(model, args)
     for optimizer in chosen:
@@ -107,7 +114,7 @@ def train(model, tokenizer, args):
     while (progress := (time.time() - begun) / (60 * args.minutes)) < 1:
         talks = [conversation(rng, "train", args.turns, progress) for _ in range(args.batch_size)]
         input_ids, labels = pad(encode_conversations(tokenizer, talks, model.config))
-        # PyTorch's CPU flash attention is slow backwards in bfloat16: 113 ms a layer against 58
+        # the backward of PyTorch's CPU flash attention is slow in bfloat16: 113 ms a layer against 58
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             loss = model(input_ids, labels=labels).loss
             loss.backward()
@@ -149,7 +156,7 @@ def main():
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     model = MiniMindLM(LMConfig(vocab_size=len(tokenizer), **SIZES)).train()
-    with torch.no_grad():  # at this width attention starts too even to find anything with a standard deviation of 0.02
+    with torch.no_grad():  # at this width, a standard deviation of 0.02 makes attention too uniform to learn from
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(0.07 / 0.02)

@@ -2,8 +2,8 @@
 
     python -m model.demo.make_tokenizer
 
-It is trained on a list of the demo's words, not on sentences: a BPE that sees whole sentences makes one token of
-"左上角有一个大的红色的圆形", which would hide from the language model what it is made of.
+It is trained on a list of the demo's words, not on sentences: trained on whole sentences, BPE would make one token of
+"左上角有一个大的红色的圆形" and hide its words from the language model.
 """
 
 from pathlib import Path
@@ -32,7 +32,7 @@ def main():
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=1024,  # more than the words need, so that every one of them becomes a token
+        vocab_size=1024,  # more than needed, so that every word becomes a token
         special_tokens=["<unk>", "<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         min_frequency=1,

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dataset.dataset import Pictures, collate_pictures
 from model.errors import BadInput, BadRecord
-from model.files import read_object
+from model.files import read_json_object
 
 
 def cache_key(vision_path, image_paths):
@@ -54,7 +54,7 @@ class FeatureCache:
         """Opens the cache if it is whole; False if it must be built."""
         whole = self.note.exists() and self.file.exists() and not self.partial.exists()
         if self.array is None and whole:
-            note = read_object(self.note)
+            note = read_json_object(self.note)
             if note.get("key") == self.key:
                 self.array = np.load(self.file, mmap_mode="r")
                 self.bad = {int(row): why for row, why in note.get("bad", {}).items()}
@@ -62,7 +62,7 @@ class FeatureCache:
 
     def begun(self):
         """How many rows a build that was cut off has left, and the problems among them."""
-        note = read_object(self.note) if self.partial.exists() else {}
+        note = read_json_object(self.note) if self.partial.exists() else {}
         return (note.get("done", 0), note["bad"]) if note.get("key") == self.key else (0, {})
 
     def build(self, encoder, pictures, loader, progress):

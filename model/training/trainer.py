@@ -26,8 +26,8 @@ from dataset.records import chunked
 from model.arguments import model_sizes, pick_dtype
 from model.checkpoint import encoder_hash, load_parts, save_weights, tokenizer_hash
 from model.errors import BadInput
-from model.files import replace_file
-from model.model import can_group
+from model.files import write_atomically
+from model.model import can_use_grouped_mm
 from model.stages import STAGES, weights_path
 
 from .distributed import Processes, Stop, ignore_signals
@@ -175,7 +175,7 @@ class Run:
         self.dtype = pick_dtype(args.dtype, args.device)
         # of what is captured as CUDA graphs; experts one by one would have to be counted by the host
         self.few_shapes = args.device.startswith("cuda") and processes.world == 1 and not args.compile
-        self.few_shapes &= not args.use_moe or can_group(torch.empty(1, device=args.device, dtype=self.dtype))
+        self.few_shapes &= not args.use_moe or can_use_grouped_mm(torch.empty(1, device=args.device, dtype=self.dtype))
         training, kept = split(dataset, args.val_fraction, args.seed)
         place = (processes.rank, processes.world)
         size = self.step_size(saved)
@@ -302,7 +302,7 @@ class Run:
         notes = {"stage": self.stage, "step": self.step, "training": training}
         try:
             save_weights(self.weights_file, self.model, self.tokenizer, self.encoder, **notes)
-            replace_file(state_file(self.weights_file), lambda f: torch.save(self.state(), f))
+            write_atomically(state_file(self.weights_file), lambda f: torch.save(self.state(), f))
         except OSError as error:
             tell(f"could not save to {self.args.out_dir} ({error.strerror}): the last good files are kept")
             return False

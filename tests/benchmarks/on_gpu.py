@@ -47,7 +47,7 @@ from model.checkpoint import Parts, load_tokenizer, save_weights
 from model.conversation import as_conversation, tokenizer_fields
 from model.decoder import Decoder, GraphDecoder
 from model.LMConfig import LMConfig
-from model.model import can_group
+from model.model import can_use_grouped_mm
 from model.model_vlm import MiniMindVLM
 from model.training.distributed import Processes, Stop
 from model.training.feature_cache import open_cache
@@ -188,7 +188,11 @@ def correctness(bench):
         if moe:
             tokens = torch.randn(1, device=bench.device, dtype=torch.bfloat16)
             bench.row(
-                "correctness", check="experts are grouped in bfloat16", value=can_group(tokens), limit="", ok=True
+                "correctness",
+                check="experts are grouped in bfloat16",
+                value=can_use_grouped_mm(tokens),
+                limit="",
+                ok=True,
             )
 
     # 20 steps of the trainer, from files to the optimizer
