@@ -22,7 +22,7 @@ from .conversation import as_conversation, encode_conversations, pad_left
 from .cpu_speed import RowLinear, quantize
 from .decoder import Decoder, GraphDecoder
 from .errors import BadInput
-from .generate import Answer
+from .generate import SETTINGS, Answer
 from .images import read_frames, read_pixels
 from .vision_utils import has_vision
 
@@ -55,21 +55,30 @@ class Chat:
             vision_path = weights
         parts = load_parts(weights, vision_path, tokenizer_path, device, dtype, fallback=sizes)
         self.name = weights.name.removesuffix(".pth")
-        self.tokenizer, self.encoder, self.summary = parts.tokenizer, parts.encoder, parts.summary
+        self.tokenizer = parts.tokenizer
+        self.encoder = parts.encoder
+        self.summary = parts.summary
         self.model = parts.model.to(device=device, dtype=dtype).eval()
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        self.config, self.device, self.dtype = self.model.config, torch.device(device), dtype
-        config = self.config
-        self.max_frames = max(1, min(max_frames, config.max_seq_len // config.image_tokens - 1))  # and room for words
+        self.config = self.model.config
+        self.device = torch.device(device)
+        self.dtype = dtype
+
+        # as many frames as the context holds, less one, which leaves room for words
+        held = self.config.max_seq_len // self.config.image_tokens - 1
+        self.max_frames = max(1, min(max_frames, held))
         if int8:
             quantize(self.model, self.device)
             quantize(self.encoder.model, self.device)
         elif self.device.type == "cpu":
             RowLinear.install(self.model)
-        self.graph, self.graph_lock = None, threading.Lock()
+
+        # on a GPU a step is one captured graph, which one answer at a time can use
+        self.graph = None
+        self.graph_lock = threading.Lock()
         if self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")  # 8 MB a stream, not 32
-            self.graph = GraphDecoder(self.model, 1, config.max_seq_len)
+            self.graph = GraphDecoder(self.model, 1, self.config.max_seq_len)
 
     def encode_prompt(self, turns):
         """Token ids (1, T) of a conversation that ends with a question. BadInput if no answer would fit behind it."""
@@ -95,12 +104,12 @@ class Chat:
         self,
         text,
         images=(),
-        max_new_tokens=256,
-        temperature=0.5,
-        top_k=8,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        seed=None,
+        max_new_tokens=SETTINGS["max_new_tokens"].default,
+        temperature=SETTINGS["temperature"].default,
+        top_k=SETTINGS["top_k"].default,
+        top_p=SETTINGS["top_p"].default,
+        repetition_penalty=SETTINGS["repetition_penalty"].default,
+        seed=SETTINGS["seed"].default,
         stop=(),
         stop_event=None,
     ):
@@ -114,31 +123,38 @@ class Chat:
         BadInput if images and `<image>` differ in number, if a picture can't be read, or if the question is too long.
         """
         turns = as_conversation(text, len(images), self.config) if isinstance(text, str) else text
-        drawn = temperature >= 0.01
-        steps = LogitsProcessorList()
+        sampled = temperature >= 0.01
+
+        # each of these changes the scores of the next token before it is chosen
+        logits_processors = LogitsProcessorList()
         if repetition_penalty != 1:
-            steps.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
-        if drawn:
-            steps.append(TemperatureLogitsWarper(float(temperature)))
+            logits_processors.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
+        if sampled:
+            logits_processors.append(TemperatureLogitsWarper(float(temperature)))
             if top_k:
-                steps.append(TopKLogitsWarper(top_k))
+                logits_processors.append(TopKLogitsWarper(top_k))
             if top_p < 1:
-                steps.append(TopPLogitsWarper(top_p))
-        dice = None
-        if drawn:
-            dice = torch.Generator(self.device)
-            dice.seed() if seed is None else dice.manual_seed(seed)
+                logits_processors.append(TopPLogitsWarper(top_p))
+
+        # an answer has random numbers of its own, so that answers in other threads don't change it
+        generator = None
+        if sampled:
+            generator = torch.Generator(self.device)
+            generator.seed() if seed is None else generator.manual_seed(seed)
+
+        # pictures are read now, so that a bad one is refused before the answer begins; CLIP runs when its turn comes
         pixels = self.stack_pixels(images) if len(images) else ()
-        return Answer(self, self.encode_prompt(turns), pixels, max_new_tokens, steps, dice, stop, stop_event)
+        input_ids = self.encode_prompt(turns)
+        return Answer(self, input_ids, pixels, max_new_tokens, logits_processors, generator, stop, stop_event)
 
     def warm_up(self):
-        """One short answer about a blank picture, so that the first visitor waits no longer than the second."""
+        """One short answer about a blank picture, so that the first client doesn't wait longer than the second."""
         blank = torch.zeros(3, self.encoder.image_size, self.encoder.image_size, dtype=torch.uint8)
         list(self.stream("?", [blank], max_new_tokens=2))
 
     @contextlib.contextmanager
     def decoder(self, length):
-        """A decoder of one answer, question included `length` tokens long: on a GPU the captured one, unless it is in use."""
+        """A decoder for one answer; `length` is its tokens with the question's. On a GPU the captured one, unless in use."""
         if self.graph is None or not self.graph_lock.acquire(blocking=False):
             yield Decoder(self.model, 1, length)
             return
@@ -158,27 +174,26 @@ class Chat:
         prompts: lists of token ids; features: for each, its pictures (n, P, V). Returns a list of texts, in order.
         """
         answers = [None] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # like lengths, little padding
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths, little padding
         graph = GraphDecoder(self.model, batch_size, self.config.max_seq_len) if self.device.type == "cuda" else None
-        for chosen in (order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)):
-            # a captured graph has a fixed batch, which is filled with the last question over and over
-            rows = chosen + chosen[-1:] * (batch_size - len(chosen)) if graph else chosen
-            input_ids, mask = pad_left([prompts[i] for i in rows])
-            length = input_ids.shape[1]
-            limit = min(max_new_tokens, self.config.max_seq_len - length)
-            decoder = graph or Decoder(self.model, len(rows), length + limit)
-            scores = decoder.prompt(
-                input_ids.to(self.device), torch.cat([features[i] for i in rows]), mask.to(self.device)
-            )
-            written, done = [], torch.zeros(len(rows), 1, dtype=torch.bool, device=self.device)
-            for step in range(limit):
-                if step:
-                    scores = decoder.step(written[-1])
-                written.append(scores.argmax(dim=-1, keepdim=True))
-                done |= written[-1] == self.config.eos_token_id
-                if done.all():
-                    break
-            for i, ids in zip(chosen, torch.cat(written, dim=1).tolist(), strict=False):
+        for batch in (order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)):
+            # a captured graph has a fixed batch size: repeat the last question to fill it
+            rows = batch + batch[-1:] * (batch_size - len(batch)) if graph else batch
+            input_ids, mask = pad_left([prompts[i] for i in rows])  # (B, T)
+            limit = min(max_new_tokens, self.config.max_seq_len - input_ids.shape[1])
+            decoder = graph or Decoder(self.model, len(rows), input_ids.shape[1] + limit)
+
+            # the questions with their pictures, then a token of each answer a step, until all have ended
+            images = torch.cat([features[i] for i in rows])  # (N, P, V)
+            scores = decoder.prompt(input_ids.to(self.device), images, mask.to(self.device))  # (B, vocab_size)
+            tokens = [scores.argmax(dim=-1, keepdim=True)]
+            ended = tokens[0] == self.config.eos_token_id  # (B, 1)
+            while len(tokens) < limit and not ended.all():
+                scores = decoder.step(tokens[-1])
+                tokens.append(scores.argmax(dim=-1, keepdim=True))
+                ended |= tokens[-1] == self.config.eos_token_id
+
+            for i, ids in zip(batch, torch.cat(tokens, dim=1).tolist(), strict=False):
                 answers[i] = self.decode([*ids, self.config.eos_token_id])
         return answers
 
