@@ -1,4 +1,4 @@
-"""Talk with a trained model about pictures, or let it answer many questions by itself.
+"""Chat with a trained model about pictures, or let it answer many questions by itself.
 
 python 3-eval_chat.py                          # in a terminal: pick pictures and ask, with out/512_vlm_sft.pth
 python 3-eval_chat.py --demo                   # the same with the demo's model
@@ -37,17 +37,19 @@ Ctrl-C stops an answer."""
 
 
 class Terminal:
-    """A talk: the pictures that are being looked at, and how answers are drawn."""
+    """A chat in a terminal: the pictures it is about, and how answers are sampled."""
 
     def __init__(self, chat, folder, settings):
-        self.chat, self.settings = chat, settings
-        self.at_hand = sorted(file for file in folder.iterdir() if file.suffix != ".json")
-        self.pixels, self.picking = [], True
-        self.commands = {"/image": self.look_at, "/clear": self.clear, "/set": self.set, "/help": self.help}
+        self.chat = chat
+        self.settings = settings
+        self.available = sorted(file for file in folder.iterdir() if file.suffix != ".json")
+        self.pixels = []
+        self.picking = True  # the next line names pictures
+        self.commands = {"/image": self.pick, "/clear": self.clear, "/set": self.set, "/help": self.help}
 
     def run(self):
         """Reads and answers until `/exit` or the end of the input."""
-        with contextlib.suppress(ImportError):  # Windows' terminal edits by itself
+        with contextlib.suppress(ImportError):  # Windows' terminal has line editing of its own
             import readline  # noqa: F401  gives input() its editing and its history
         print("/help lists the commands.")
         self.clear()
@@ -56,7 +58,7 @@ class Terminal:
                 line = input("\npicture> " if self.picking else "\n> ").strip()
                 if line == "/exit":
                     return
-                self.obey(line)
+                self.handle(line)
             except BadInput as problem:
                 print(problem)
             except KeyboardInterrupt:
@@ -65,29 +67,34 @@ class Terminal:
                 print()
                 return
 
-    def obey(self, line):
+    def handle(self, line):
+        """Runs a command, picks pictures, or asks a question."""
         command, _, rest = line.partition(" ")
         if command in self.commands:
             self.commands[command](rest.strip())
         elif self.picking or Path(line).is_file():
-            self.look_at(line)
+            self.pick(line)
         elif line.startswith("/"):
             raise BadInput(f"there is no {command}; /help lists the commands")
         elif line:
             self.ask(line)
 
     def clear(self, _=""):
-        self.pixels, self.picking = [], True
-        print("Pictures at hand (give a number or a file, several to compare them, nothing to ask without one):")
-        for number, file in enumerate(self.at_hand, 1):
+        self.pixels = []
+        self.picking = True
+        print("Available pictures (type a number or a file, several to compare them, nothing to ask without one):")
+        for number, file in enumerate(self.available, 1):
             print(f"{number:>3}  {file}")
 
-    def look_at(self, text):
+    def pick(self, text):
         """Reads the pictures that a line names: one file, or several files and numbers."""
+        # a file whose name has spaces, or several words
         text = text.strip()
         names = [text] if Path(text).is_file() else shlex.split(text, posix=os.name == "posix")
-        numbered = {str(number): file for number, file in enumerate(self.at_hand, 1)}
+        numbered = {str(number): file for number, file in enumerate(self.available, 1)}
         files = [numbered.get(name, Path(name.strip("'\"")).expanduser()) for name in names]
+
+        # a picture is one list of pixels, a video several; what was shown before is replaced
         seen = [self.chat.load_frames([file]) for file in files]
         self.pixels = [pixels for frames in seen for pixels in frames]
         self.picking = False
@@ -95,7 +102,7 @@ class Terminal:
             f"{len(frames)} frames of {file.name}" if len(frames) > 1 else file.name
             for file, frames in zip(files, seen, strict=True)
         ]
-        print(f"looking at {' and '.join(names) or 'nothing'}; ask away")
+        print(f"showing {' and '.join(names) or 'no picture'}: ask a question")
 
     def set(self, text):
         name, _, value = text.partition(" ")
@@ -117,6 +124,8 @@ class Terminal:
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
             print(" [stopped]", end="")
+
+        # how long the answer is, and how fast it came
         figures = [f"{len(answer.token_ids)} tokens"]
         if answer.tokens_per_second:
             figures += [
@@ -130,7 +139,7 @@ class Terminal:
 
 
 def show_answers(chat, folder, settings):
-    """Every question of the evaluation folder, with its answer as it comes."""
+    """Prints every question of the evaluation folder, and its answer as it is written."""
     for paths, question in read_questions(folder):
         print(f"\n[{' + '.join(path.name for path in paths)}]\n问: {question}\n答: ", end="", flush=True)
         for piece in chat.stream(question, chat.load_frames(paths), **settings):

@@ -88,7 +88,7 @@ def test_a_talk(screen, pictures, tmp_path):
     assert "nowhere.png could not be read as a picture (No such file or directory)" in screen.until("\npicture> ")
 
     screen.type("1\n")
-    assert "looking at" in screen.until("\n> ")
+    assert "showing" in screen.until("\n> ")
     answers = []
     for question in ("左上角什么颜色？", "有几个图形？", "左上角什么颜色？"):
         screen.type(question + "\n")
@@ -98,13 +98,13 @@ def test_a_talk(screen, pictures, tmp_path):
     assert answers[0] == answers[2] != answers[1]
 
     screen.type(f"/image {pictures[0]} {pictures[1]}\n")
-    assert f"looking at {pictures[0].name} and {pictures[1].name}" in screen.until("\n> ")
+    assert f"showing {pictures[0].name} and {pictures[1].name}" in screen.until("\n> ")
     screen.type("两张图有什么不同？\n")
     screen.until(r"\[20 tokens.*\]\n\n> ")
 
     clip = animated(tmp_path / "clip.webp", [Image.open(path) for path in pictures[:12]])
     screen.type(f"/image {clip} {pictures[1]}\n")
-    assert f"looking at 8 frames of clip.webp and {pictures[1].name}" in screen.until("\n> ")
+    assert f"showing 8 frames of clip.webp and {pictures[1].name}" in screen.until("\n> ")
     screen.type("先后有什么不同？\n")
     screen.until(r"\[20 tokens.*\]\n\n> ")
 
@@ -140,7 +140,7 @@ def test_a_talk(screen, pictures, tmp_path):
 def test_a_question_that_does_not_fit_is_said_and_forgotten(screen):
     screen.until("\npicture> ")
     screen.type("\n")
-    assert "looking at nothing" in screen.until("\n> ")
+    assert "showing no picture" in screen.until("\n> ")
     screen.type("/set max_new_tokens 3\n")
     screen.type("<image>是什么？\n")
     assert "0 images were given, but the question has 1 <image>" in screen.until(r"<image>\n\n> ")
