@@ -14,63 +14,63 @@ class Processes:
     """This process's place among those that torchrun started; one process alone where it did not."""
 
     def __init__(self, device):
-        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         self.device = device
         self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-        if self.world > 1:
+        if self.world_size > 1:
             if device.startswith("cuda"):
                 self.device = f"cuda:{os.environ['LOCAL_RANK']}"
                 torch.cuda.set_device(self.device)
-            self.meet("nccl" if device.startswith("cuda") else "gloo")
+            self.init_group("nccl" if device.startswith("cuda") else "gloo")
             # small things go from host to host, so that no GPU is waited for; the first may be long at CLIP's features
-            self.hosts = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+            self.host_group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
 
-    def meet(self, backend):
+    def init_group(self, backend):
         """Makes the process group.
 
         torchrun without --rdzv_backend keeps its store when it starts the processes again, with the addresses of the dead
         in it, and the new ones would call those: they leave theirs under a name of their own.
         """
         store, rank, world = next(dist.rendezvous("env://"))
-        if store.check(["met before"]):
+        if store.check(["initialised before"]):
             fresh = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         else:
             fresh = store
         dist.init_process_group(backend, store=fresh, rank=rank, world_size=world)
         dist.barrier()
-        store.set("met before", "")
+        store.set("initialised before", "")
 
     @property
-    def first(self):
+    def is_main(self):
         return self.rank == 0
 
-    def wait(self):
-        if self.world > 1:
-            dist.barrier(self.hosts)
+    def barrier(self):
+        if self.world_size > 1:
+            dist.barrier(self.host_group)
 
-    def sum(self, tensor):
+    def all_reduce(self, tensor):
         """Adds a tensor over all processes, in place."""
-        if self.world > 1:
-            dist.all_reduce(tensor, group=None if tensor.is_cuda else self.hosts)
+        if self.world_size > 1:
+            dist.all_reduce(tensor, group=None if tensor.is_cuda else self.host_group)
         return tensor
 
-    def from_first(self, value):
+    def broadcast(self, value):
         """What the first process has, in all of them."""
         box = [value]
-        if self.world > 1:
-            dist.broadcast_object_list(box, src=0, group=self.hosts)
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, group=self.host_group)
         return box[0]
 
-    def gather(self, value):
+    def all_gather(self, value):
         """What every process has, as a list in all of them."""
-        values = [value] * self.world
-        if self.world > 1:
-            dist.all_gather_object(values, value, group=self.hosts)
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value, group=self.host_group)
         return values
 
     def close(self):
-        if self.world > 1:
+        if self.world_size > 1:
             dist.destroy_process_group()
 
 
@@ -79,7 +79,7 @@ class Stop:
 
     def __init__(self, quiet):
         self.quiet, self.signal, self.since = quiet, None, 0.0
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.previous_handlers = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(self, number, frame):
         # from a terminal under torchrun the first Ctrl-C comes twice: by itself and through torchrun
@@ -90,9 +90,9 @@ class Stop:
             if not self.quiet:
                 print("\nstopping after this step (Ctrl-C again: at once)", file=sys.stderr, flush=True)
 
-    def end(self):
+    def restore_handlers(self):
         """Signals do again what they did before."""
-        for number, handler in self.before.items():
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
 
 

@@ -50,7 +50,7 @@ class FeatureCache:
         """What a worker process is sent: it opens the file itself."""
         return {**self.__dict__, "array": None}
 
-    def ready(self):
+    def open(self):
         """Opens the cache if it is whole; False if it must be built."""
         whole = self.note.exists() and self.file.exists() and not self.partial.exists()
         if self.array is None and whole:
@@ -60,19 +60,19 @@ class FeatureCache:
                 self.bad = {int(row): why for row, why in note.get("bad", {}).items()}
         return self.array is not None
 
-    def begun(self):
+    def progress(self):
         """How many rows a build that was cut off has left, and the problems among them."""
         note = read_object(self.note) if self.partial.exists() else {}
         return (note.get("done", 0), note["bad"]) if note.get("key") == self.key else (0, {})
 
-    def build(self, encoder, pictures, loader, progress):
-        """Runs CLIP once over that many pictures, less those that are `begun`. `loader` yields the others, in the order of
+    def build(self, encoder, pictures, loader, update):
+        """Runs CLIP once over that many pictures, less what `progress` counts. `loader` yields the rest, in the order of
         the cache's rows, as uint8 pixels (N, 3, S, S) and a list of N problems, None for a good picture. OSError if there is
         no room for all of them."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         shape = (pictures, encoder.image_tokens, encoder.vision_width)
-        done, bad = self.begun()
-        self.note_down(done, bad)
+        done, bad = self.progress()
+        self.write_note(done, bad)
         array = np.lib.format.open_memmap(self.partial, mode="r+" if done else "w+", dtype=np.float16, shape=shape)
         if hasattr(os, "posix_fallocate"):  # a disk that fills up later would end the process without a word
             with open(self.partial, "r+b") as file:
@@ -82,12 +82,12 @@ class FeatureCache:
             array[done : done + len(features)] = features
             bad |= {done + i: problem for i, problem in enumerate(problems) if problem}
             done += len(features)
-            progress(len(features))
+            update(len(features))
             array.flush()  # before the note says that they are there
-            self.note_down(done, bad)
+            self.write_note(done, bad)
         os.replace(self.partial, self.file)
 
-    def note_down(self, done, bad):
+    def write_note(self, done, bad):
         """Writes the note, which is never half there."""
         fresh = self.note.with_suffix(".new")
         fresh.write_text(json.dumps({"key": self.key, "done": done, "bad": bad}, ensure_ascii=False), encoding="utf-8")
@@ -96,7 +96,7 @@ class FeatureCache:
     def __getitem__(self, rows):
         """Features (len(rows), P, V) as a float16 tensor. BadRecord if a picture of them could not be read."""
         if self.array is None:
-            self.ready()
+            self.open()
         for row in self.bad.keys() & set(rows.tolist()):
             raise BadRecord(*self.bad[row])
         return torch.from_numpy(self.array[rows])
@@ -104,10 +104,10 @@ class FeatureCache:
 
 def open_cache(args, dataset, encoder, processes):
     """Gives the dataset its feature cache, which the first process builds, or goes on building, if need be."""
-    key = cache_key(args.vision_path, dataset.image_paths) if processes.first else None
-    cache = FeatureCache(Path(args.out_dir) / "features", processes.from_first(key))
-    if processes.first and not cache.ready():
-        pictures, (done, _) = Pictures(dataset), cache.begun()
+    key = cache_key(args.vision_path, dataset.image_paths) if processes.is_main else None
+    cache = FeatureCache(Path(args.out_dir) / "features", processes.broadcast(key))
+    if processes.is_main and not cache.open():
+        pictures, (done, _) = Pictures(dataset), cache.progress()
         rows = range(done, len(pictures))
         loader = DataLoader(pictures, 64, sampler=rows, collate_fn=collate_pictures, num_workers=args.num_workers)
         with tqdm(total=len(pictures), initial=done, unit="picture", desc="CLIP", disable=None) as bar:
@@ -121,8 +121,8 @@ def open_cache(args, dataset, encoder, processes):
                     f"{cache.partial} could not be written ({error.strerror}): it takes {gigabytes:.1f} GB; make room, name "
                     "another --out_dir, or leave out --cache_features"
                 ) from None
-    processes.wait()
-    if not cache.ready():
+    processes.barrier()
+    if not cache.open():
         raise BadInput(
             f"{cache.file} was not found by process {processes.rank}: --out_dir must be shared by all machines"
         )

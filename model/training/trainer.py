@@ -122,11 +122,11 @@ def train(args, stage, weights, weights_file, allow_missing_projector=False):
     args.device = processes.device
     try:
         saved = None
-        if processes.sum(torch.tensor(float(args.resume or processes.restarted))):  # any of them
-            saved = processes.from_first(read_state(state_file(weights_file)) if processes.first else None)
-            if saved is None and processes.first:
+        if processes.all_reduce(torch.tensor(float(args.resume or processes.restarted))):  # any of them
+            saved = processes.broadcast(read_state(state_file(weights_file)) if processes.is_main else None)
+            if saved is None and processes.is_main:
                 print(f"nothing to resume: {state_file(weights_file)} is not there; starting from the beginning")
-        parts = prepare(args, weights, allow_missing_projector, saved, processes.first)
+        parts = prepare(args, weights, allow_missing_projector, saved, processes.is_main)
         _, encoder, _, *datasets = parts
         try:
             Path(args.out_dir).mkdir(parents=True, exist_ok=True)
@@ -187,10 +187,10 @@ class Run:
         self.weights_file, self.history = weights_file, history
         self.dtype = pick_dtype(args.dtype, args.device)
         # of what is captured as CUDA graphs; experts one by one would have to be counted by the host
-        self.few_shapes = args.device.startswith("cuda") and processes.world == 1 and not args.compile
+        self.few_shapes = args.device.startswith("cuda") and processes.world_size == 1 and not args.compile
         self.few_shapes &= not args.use_moe or can_group(torch.empty(1, device=args.device, dtype=self.dtype))
         training, kept = split(dataset, args.val_fraction, args.seed)
-        place = (processes.rank, processes.world)
+        place = (processes.rank, processes.world_size)
         size = self.step_size(saved)
         if args.batch_tokens:
             self.sampler = TokenBatches(training, dataset.lengths, args.batch_tokens, size, *place, args.seed)
@@ -221,7 +221,7 @@ class Run:
         if saved:
             self.restore(saved)
         self.parallel = compiled(model, args.device) if args.compile else model
-        if processes.world > 1:
+        if processes.world_size > 1:
             self.parallel = DistributedDataParallel(self.parallel)
         self.gradients = self.backward
         if self.few_shapes:
@@ -247,7 +247,7 @@ class Run:
         args = self.args
         if saved and saved["divided"] == [args.batch_size, args.accumulation_steps]:
             return saved["same"]["size of a step"]
-        return (1 if args.batch_tokens else args.batch_size) * args.accumulation_steps * self.processes.world
+        return (1 if args.batch_tokens else args.batch_size) * args.accumulation_steps * self.processes.world_size
 
     def same(self):
         """What must not change between a run and its continuation."""
@@ -295,13 +295,13 @@ class Run:
         self.problems.merge([saved["problems"]])
         self.sums, self.streak = sums.to(self.args.device), streak.to(self.args.device)
         self.step, self.wandb_id, self.history = saved["step"], saved["wandb_id"], json.loads(saved["history"])
-        if self.processes.first:
+        if self.processes.is_main:
             print(f"resuming after step {self.step} of {self.steps}", flush=True)
 
     def save(self):
         """Weights and resume state; what is there already stays until the new is whole. False if that failed."""
-        self.problems.merge(self.processes.gather(self.problems.numbers))
-        if not self.processes.first:
+        self.problems.merge(self.processes.all_gather(self.problems.numbers))
+        if not self.processes.is_main:
             return True
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             tell(f"the weights hold numbers that are not finite: {self.weights_file} is left as it was")
@@ -309,7 +309,7 @@ class Run:
         names = ("data_path", "epochs", "batch_size", "batch_tokens", "accumulation_steps", "learning_rate")
         names += ("freeze_llm", "seed")
         stage = {"stage": self.stage, **{name: getattr(self.args, name) for name in names}, "steps": self.step}
-        training = [*self.history, {**stage, "processes": self.processes.world}]
+        training = [*self.history, {**stage, "processes": self.processes.world_size}]
         notes = {"stage": self.stage, "step": self.step, "training": training}
         try:
             save_weights(self.weights_file, self.model, self.tokenizer, **notes)
@@ -323,7 +323,7 @@ class Run:
 
     def train(self):
         """Every epoch, until the end or until it is told to stop; saves every `save_interval` steps and where it ends."""
-        args, first = self.args, self.processes.first
+        args, first = self.args, self.processes.is_main
         log = Log(args, self.weights_file.stem, self.step, self.steps, self.wandb_id) if first else None
         self.wandb_id = log.wandb_id if log else None
         stop, saved, begun = Stop(quiet=not first), True, time.time()
@@ -354,18 +354,18 @@ class Run:
             if self.problems.count:
                 print(self.problems)
             log.close({reason: len(numbers) for reason, numbers in self.problems.numbers.items()})
-        self.processes.wait()
+        self.processes.barrier()
         self.end(stop, saved)
 
     def end(self, stop, saved):
         """The last word: what was saved, and an exit code that tells whether the run came to its end."""
-        stop.end()
+        stop.restore_handlers()
         if not saved:
             raise BadInput(f"the last weights could not be saved: make room in {self.args.out_dir}, then --resume")
-        if self.processes.first:
+        if self.processes.is_main:
             print(f"saved {self.weights_file}" + (f" after step {self.step}" if stop.signal else ""), flush=True)
         if self.step < self.steps:
-            if self.processes.first:
+            if self.processes.is_main:
                 tell("stopped; the same command with --resume goes on from here")
             sys.exit(128 + (stop.signal or signal.SIGTERM))
 
@@ -384,11 +384,11 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         answers = sum(int((batch["labels"] != -100).sum()) for batch in batches)
-        agreed = self.processes.sum(torch.tensor([answers, float(stop.signal is not None)], dtype=torch.float64))
+        agreed = self.processes.all_reduce(torch.tensor([answers, float(stop.signal is not None)], dtype=torch.float64))
         answers, stopping = agreed.tolist()
         total = torch.zeros((), device=args.device)
         for i, batch in enumerate(batches):
-            waits = self.processes.world > 1 and i < len(batches) - 1  # gradients are exchanged with the last one
+            waits = self.processes.world_size > 1 and i < len(batches) - 1  # gradients are exchanged with the last one
             with self.parallel.no_sync() if waits else contextlib.nullcontext():
                 total = total + self.gradients(batch, answers)
         self.scaler.unscale_(self.optimizer)
@@ -399,14 +399,14 @@ class Run:
         row = (self.streak[0] + 1) * ~good
         self.streak = torch.stack([row, torch.maximum(self.streak[1], row)])
         self.step += 1
-        self.seen += sum(len(batch["input_ids"]) for batch in batches) * self.processes.world
+        self.seen += sum(len(batch["input_ids"]) for batch in batches) * self.processes.world_size
         return bool(stopping)
 
     def backward(self, batch, answers):
         """Adds the gradients of one micro-batch; returns its loss."""
         loss = self.loss(batch, answers)
         # DistributedDataParallel averages gradients over processes; the loss is already a share of the whole
-        self.scaler.scale(loss * self.processes.world).backward()
+        self.scaler.scale(loss * self.processes.world_size).backward()
         return loss.detach()
 
     def update(self, good):
@@ -442,7 +442,9 @@ class Run:
 
     def figures(self, begun):
         """What is logged of the steps since `begun`. BadInput after too many of them without a finite gradient."""
-        loss, counted = self.processes.sum(torch.stack([self.sums[0], self.sums[1] / self.processes.world])).tolist()
+        loss, counted = self.processes.all_reduce(
+            torch.stack([self.sums[0], self.sums[1] / self.processes.world_size])
+        ).tolist()
         seconds = time.time() - begun  # now that they are done
         steps = self.step % self.args.log_interval or self.args.log_interval
         self.skipped += steps - round(counted)
@@ -471,7 +473,7 @@ class Run:
             self.held_out.dataset.problems.take(batch)
             sums[0] += self.loss(batch, 1)
             sums[1] += (batch["labels"] != -100).sum()
-        loss, answers = self.processes.sum(sums).tolist()
+        loss, answers = self.processes.all_reduce(sums).tolist()
         self.parallel.train()
         return loss / answers
 

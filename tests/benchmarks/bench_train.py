@@ -96,7 +96,7 @@ def ours(args, run):
     next_step, advance = laps.wrap("data", next), laps.wrap("step", run.advance)
     for _ in range(args.lap_steps):
         advance(next_step(steps), stop)
-    stop.end()
+    stop.restore_handlers()
     run.gradients = graphed
     each = {name: spent / args.lap_steps for name, spent in laps.seconds.items()}
     each["forward"] -= each.get("clip", 0.0)  # which is a part of it

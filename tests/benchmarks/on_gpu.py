@@ -245,7 +245,7 @@ def steps_of(run, count):
         before = run.sums[0].clone()
         run.advance(next(steps), stop)
         losses.append((run.sums[0] - before).item())
-    stop.end()
+    stop.restore_handlers()
     return losses
 
 
@@ -262,7 +262,7 @@ def check_for_waiting(run):
                 run.advance([dict(batch) for batch in batches], stop)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-    stop.end()
+    stop.restore_handlers()
 
 
 def greedy(decoder, input_ids, features, count):
