@@ -17,7 +17,7 @@ from helpers import TORCHRUN, begin, digest, finish, log_lines, losses, run_pyth
 
 from model.checkpoint import read_notes, read_weights
 from model.errors import BadInput
-from model.training.trainer import missed, read_state
+from model.training.trainer import oom_details, read_state
 
 
 def clear(place):
@@ -304,6 +304,6 @@ def test_out_of_memory_is_told_with_what_to_turn_down():
         "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 7.79 GiB of which 1.20 GiB is "
         "free. Including non-PyTorch memory, this process has 6.58 GiB memory in use."
     )
-    assert missed(error) == (
+    assert oom_details(error) == (
         "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 7.79 GiB of which 1.20 GiB is free"
     )

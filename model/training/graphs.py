@@ -9,15 +9,15 @@ import torch
 MAX_GRAPHS = 64
 
 
-class GraphedBackward:
-    """Calls `backward(batch, answers)`, which returns a loss and adds its gradients to those of the parameters.
+class GraphedForwardBackward:
+    """Calls `forward_backward(batch, answers)`, which returns a loss and adds its gradients to those of the parameters.
 
     A batch whose shapes were met before is captured as a graph, and replayed from then on; other shapes run kernel by kernel.
     A graph reads and writes fixed memory, so `.grad` of every parameter must exist and stay where it is.
     """
 
-    def __init__(self, backward, device):
-        self.backward = backward
+    def __init__(self, forward_backward, device):
+        self.forward_backward = forward_backward
         self.graphs, self.met, self.buffers = {}, set(), {}
         self.answers = torch.zeros((), device=device)
         self.pool = torch.cuda.graph_pool_handle()  # graphs run one after the other, so they share their memory
@@ -27,7 +27,7 @@ class GraphedBackward:
         if shapes not in self.graphs:
             if shapes not in self.met or len(self.graphs) == MAX_GRAPHS:
                 self.met.add(shapes)
-                return self.backward(batch, answers)
+                return self.forward_backward(batch, answers)
             self.graphs[shapes] = self.capture(batch)
         inputs, graph, loss = self.graphs[shapes]
         for name, x in inputs.items():
@@ -43,7 +43,7 @@ class GraphedBackward:
         graph = torch.cuda.CUDAGraph()
         # thread_local: the thread that pins batches goes on meanwhile
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            loss = self.backward(inputs, self.answers)
+            loss = self.forward_backward(inputs, self.answers)
         return inputs, graph, loss
 
     def buffer(self, name, x):

@@ -42,7 +42,7 @@ from model.vision_utils import load_vision
 
 from .distributed import Processes, Stop, ignore_signals
 from .feature_cache import open_cache
-from .graphs import GraphedBackward
+from .graphs import GraphedForwardBackward
 from .logs import Log, tell
 
 # --- what a stage needs ---------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def prepare(args, weights, allow_missing_projector, saved, first):
     return model.to(args.device), encoder, tokenizer, dataset, held_out
 
 
-def compiled(model, device):
+def compile_model(model, device):
     """A model that is compiled at its first batch, with sizes that differ from batch to batch as unknowns.
 
     After eight compilations PyTorch lets what is still new run as it is. BadInput if the compiler is missing.
@@ -92,7 +92,7 @@ def compiled(model, device):
     return torch.compile(model, dynamic=True)
 
 
-def split(dataset, fraction, seed):
+def train_val_split(dataset, fraction, seed):
     """Indices to train on and to hold out, the latter a random `fraction` of the samples."""
     order = np.random.default_rng([seed, 2**31]).permutation(len(dataset))  # no epoch has this number
     held_out = round(len(dataset) * fraction)
@@ -110,7 +110,7 @@ def learning_rate_at(step, steps, peak, warmup):
 # --- the loop -------------------------------------------------------------------------------------------------------
 
 PATIENCE = 20  # steps in a row without a finite gradient
-FORMAT = 2  # of resume states: to be raised with every change of what they hold
+FORMAT = 3  # of resume states: to be raised with every change of what they hold
 
 
 def train(args, stage, weights, weights_file, allow_missing_projector=False):
@@ -143,14 +143,14 @@ def train(args, stage, weights, weights_file, allow_missing_projector=False):
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         raise BadInput(
-            f"out of memory ({missed(error)}): lower --batch_size (or --batch_tokens), and raise --accumulation_steps as much "
+            f"out of memory ({oom_details(error)}): lower --batch_size (or --batch_tokens), and raise --accumulation_steps as much "
             "to train on the same batches; or lower --max_seq_len"
         ) from None
     finally:
         processes.close()
 
 
-def missed(error):
+def oom_details(error):
     """How much memory was wanted and how much was there, in PyTorch's own words."""
     words = re.search(r"[Tt]ried to allocate.*?(?=\. (?:Including|Of)|\. Error|$)", str(error))
     return words.group().rstrip(".") if words else str(error).splitlines()[0]
@@ -162,7 +162,7 @@ def state_file(weights_file):
 
 
 def read_state(path):
-    """What `Run.state` wrote; None if there is nothing. BadInput if it is no such file, or another version's."""
+    """What `Run.state_dict` wrote; None if there is nothing. BadInput if it is no such file, or another version's."""
     if not path.exists():
         return None
     try:
@@ -187,21 +187,21 @@ class Run:
         self.weights_file, self.history = weights_file, history
         self.dtype = pick_dtype(args.dtype, args.device)
         # of what is captured as CUDA graphs; experts one by one would have to be counted by the host
-        self.few_shapes = args.device.startswith("cuda") and processes.world_size == 1 and not args.compile
-        self.few_shapes &= not args.use_moe or can_group(torch.empty(1, device=args.device, dtype=self.dtype))
-        training, kept = split(dataset, args.val_fraction, args.seed)
+        self.use_cuda_graphs = args.device.startswith("cuda") and processes.world_size == 1 and not args.compile
+        self.use_cuda_graphs &= not args.use_moe or can_group(torch.empty(1, device=args.device, dtype=self.dtype))
+        training, kept = train_val_split(dataset, args.val_fraction, args.seed)
         place = (processes.rank, processes.world_size)
         size = self.step_size(saved)
         if args.batch_tokens:
             self.sampler = TokenBatches(training, dataset.lengths, args.batch_tokens, size, *place, args.seed)
         else:
             self.sampler = LengthBatches(training, dataset.lengths, size, args.batch_size, *place, args.seed)
-        self.loader = self.load(dataset, self.sampler)
+        self.loader = self.make_loader(dataset, self.sampler)
         if held_out:
             kept = np.arange(len(held_out))
         self.measures = len(kept) > 0
         held_out = held_out or dataset
-        self.held_out = self.load(held_out, SortedBatches(kept, held_out.lengths, args.batch_size, *place))
+        self.held_out = self.make_loader(held_out, SortedBatches(kept, held_out.lengths, args.batch_size, *place))
         self.problems = dataset.problems
         self.fingerprint = zlib.crc32(dataset.ids.values.numpy(), zlib.crc32(dataset.lengths))
         self.scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=self.dtype == torch.float16)
@@ -216,24 +216,24 @@ class Run:
                 f"{size} {'batches' if args.batch_tokens else 'samples'}"
             )
         # since the last log line: loss and steps that counted; steps in a row without a finite gradient, now and at most
-        self.sums, self.streak = torch.zeros(2, device=args.device), torch.zeros(2, device=args.device)
-        self.seen, self.skipped, self.wandb_id = 0, 0, None
+        self.loss_stats, self.nonfinite_streak = torch.zeros(2, device=args.device), torch.zeros(2, device=args.device)
+        self.samples_seen, self.skipped, self.wandb_id = 0, 0, None
         if saved:
-            self.restore(saved)
-        self.parallel = compiled(model, args.device) if args.compile else model
+            self.load_state_dict(saved)
+        self.wrapped_model = compile_model(model, args.device) if args.compile else model
         if processes.world_size > 1:
-            self.parallel = DistributedDataParallel(self.parallel)
-        self.gradients = self.backward
-        if self.few_shapes:
+            self.wrapped_model = DistributedDataParallel(self.wrapped_model)
+        self.forward_backward = self.eager_forward_backward
+        if self.use_cuda_graphs:
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
-            self.gradients = GraphedBackward(self.backward, args.device)
+            self.forward_backward = GraphedForwardBackward(self.eager_forward_backward, args.device)
 
-    def load(self, dataset, batches):
+    def make_loader(self, dataset, batches):
         return DataLoader(
             dataset,
             batch_sampler=batches,
-            collate_fn=partial(collate, few_shapes=self.few_shapes),
+            collate_fn=partial(collate, few_shapes=self.use_cuda_graphs),
             num_workers=self.args.num_workers,
             worker_init_fn=ignore_signals,
             pin_memory=self.args.device.startswith("cuda"),
@@ -245,11 +245,11 @@ class Run:
     def step_size(self, saved):
         """Samples of a step over all processes, or with --batch_tokens its batches; those of the run that is resumed."""
         args = self.args
-        if saved and saved["divided"] == [args.batch_size, args.accumulation_steps]:
-            return saved["same"]["size of a step"]
+        if saved and saved["batching"] == [args.batch_size, args.accumulation_steps]:
+            return saved["invariants"]["size of a step"]
         return (1 if args.batch_tokens else args.batch_size) * args.accumulation_steps * self.processes.world_size
 
-    def same(self):
+    def resume_invariants(self):
         """What must not change between a run and its continuation."""
         names = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "use_moe", "epochs", "learning_rate")
         names += ("grad_clip", "warmup_iters", "seed", "freeze_llm", "val_fraction", "batch_tokens")
@@ -261,27 +261,29 @@ class Run:
             "tokenizer": tokenizer_hash(self.tokenizer),
         }
 
-    def state(self):
-        """All that `restore` needs. Random numbers need no state of their own: each step seeds them anew."""
+    def state_dict(self):
+        """All that `load_state_dict` needs. Random numbers need no state of their own: each step seeds them anew."""
         return {
             "format": FORMAT,
-            "same": self.same(),
-            "divided": [self.args.batch_size, self.args.accumulation_steps],
+            "invariants": self.resume_invariants(),
+            "batching": [self.args.batch_size, self.args.accumulation_steps],
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "since": [self.sums, self.streak, self.skipped],
+            "running_stats": [self.loss_stats, self.nonfinite_streak, self.skipped],
             "wandb_id": self.wandb_id,
             "problems": {reason: sorted(numbers) for reason, numbers in self.problems.numbers.items()},
             "history": json.dumps(self.history),
         }
 
-    def restore(self, saved):
+    def load_state_dict(self, saved):
         """Continues where `saved` was written. BadInput lists what contradicts it."""
-        same = self.same()
+        same = self.resume_invariants()
         odd = [
-            f"{name} is {same[name]}, was {value}" for name, value in saved["same"].items() if same.get(name) != value
+            f"{name} is {same[name]}, was {value}"
+            for name, value in saved["invariants"].items()
+            if same.get(name) != value
         ]
         if odd:
             raise BadInput(
@@ -291,9 +293,9 @@ class Run:
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
-        sums, streak, self.skipped = saved["since"]
+        sums, streak, self.skipped = saved["running_stats"]
         self.problems.merge([saved["problems"]])
-        self.sums, self.streak = sums.to(self.args.device), streak.to(self.args.device)
+        self.loss_stats, self.nonfinite_streak = sums.to(self.args.device), streak.to(self.args.device)
         self.step, self.wandb_id, self.history = saved["step"], saved["wandb_id"], json.loads(saved["history"])
         if self.processes.is_main:
             print(f"resuming after step {self.step} of {self.steps}", flush=True)
@@ -313,7 +315,7 @@ class Run:
         notes = {"stage": self.stage, "step": self.step, "training": training}
         try:
             save_weights(self.weights_file, self.model, self.tokenizer, **notes)
-            replace_file(state_file(self.weights_file), lambda f: torch.save(self.state(), f))
+            replace_file(state_file(self.weights_file), lambda f: torch.save(self.state_dict(), f))
         except OSError as error:
             tell(f"could not save to {self.args.out_dir} ({error.strerror}): the last good files are kept")
             return False
@@ -327,15 +329,15 @@ class Run:
         log = Log(args, self.weights_file.stem, self.step, self.steps, self.wandb_id) if first else None
         self.wandb_id = log.wandb_id if log else None
         stop, saved, begun = Stop(quiet=not first), True, time.time()
-        self.parallel.train()
+        self.wrapped_model.train()
         while self.step < self.steps:
             epoch, done = divmod(self.step, self.sampler.steps)
             self.sampler.begin(epoch, done)
-            for batches in grouped(self.loader, self.sampler.parts):
-                stopping = self.advance(batches, stop)
+            for batches in chunked(self.loader, self.sampler.parts):
+                stopping = self.train_step(batches, stop)
                 last = self.step == self.steps
                 if self.step % args.log_interval == 0 or last:
-                    figures = self.figures(begun)
+                    figures = self.collect_metrics(begun)
                     begun = time.time()
                     if log:
                         log.write(self.step, figures)
@@ -355,9 +357,9 @@ class Run:
                 print(self.problems)
             log.close({reason: len(numbers) for reason, numbers in self.problems.numbers.items()})
         self.processes.barrier()
-        self.end(stop, saved)
+        self.finish(stop, saved)
 
-    def end(self, stop, saved):
+    def finish(self, stop, saved):
         """The last word: what was saved, and an exit code that tells whether the run came to its end."""
         stop.restore_handlers()
         if not saved:
@@ -369,7 +371,7 @@ class Run:
                 tell("stopped; the same command with --resume goes on from here")
             sys.exit(128 + (stop.signal or signal.SIGTERM))
 
-    def advance(self, batches, stop):
+    def train_step(self, batches, stop):
         """One optimizer step over its micro-batches. True if some process was asked to stop.
 
         The loss is summed over answers and divided by the number of answer tokens in all micro-batches of all processes,
@@ -389,27 +391,27 @@ class Run:
         total = torch.zeros((), device=args.device)
         for i, batch in enumerate(batches):
             waits = self.processes.world_size > 1 and i < len(batches) - 1  # gradients are exchanged with the last one
-            with self.parallel.no_sync() if waits else contextlib.nullcontext():
-                total = total + self.gradients(batch, answers)
+            with self.wrapped_model.no_sync() if waits else contextlib.nullcontext():
+                total = total + self.forward_backward(batch, answers)
         self.scaler.unscale_(self.optimizer)
         self.norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.grad_clip)
         good = self.norm.isfinite()
-        self.update(good)
-        self.sums += torch.where(good, torch.stack([total.float(), torch.ones_like(total).float()]), 0.0)
-        row = (self.streak[0] + 1) * ~good
-        self.streak = torch.stack([row, torch.maximum(self.streak[1], row)])
+        self.optimizer_step(good)
+        self.loss_stats += torch.where(good, torch.stack([total.float(), torch.ones_like(total).float()]), 0.0)
+        row = (self.nonfinite_streak[0] + 1) * ~good
+        self.nonfinite_streak = torch.stack([row, torch.maximum(self.nonfinite_streak[1], row)])
         self.step += 1
-        self.seen += sum(len(batch["input_ids"]) for batch in batches) * self.processes.world_size
+        self.samples_seen += sum(len(batch["input_ids"]) for batch in batches) * self.processes.world_size
         return bool(stopping)
 
-    def backward(self, batch, answers):
+    def eager_forward_backward(self, batch, answers):
         """Adds the gradients of one micro-batch; returns its loss."""
-        loss = self.loss(batch, answers)
+        loss = self.compute_loss(batch, answers)
         # DistributedDataParallel averages gradients over processes; the loss is already a share of the whole
         self.scaler.scale(loss * self.processes.world_size).backward()
         return loss.detach()
 
-    def update(self, good):
+    def optimizer_step(self, good):
         """The optimizer's step, left out if `good` is false; with a scaler, that looks for itself."""
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
@@ -419,9 +421,9 @@ class Run:
             self.optimizer.step()
         elif good:
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=not self.few_shapes)
+        self.optimizer.zero_grad(set_to_none=not self.use_cuda_graphs)
 
-    def loss(self, batch, answers):
+    def compute_loss(self, batch, answers):
         """One micro-batch's summed loss over `answers`, the answer tokens of the whole step."""
         device = self.args.device
         batch = {name: None if x is None else x.to(device, non_blocking=True) for name, x in batch.items()}
@@ -430,7 +432,7 @@ class Run:
             features = features.to(torch.float32)
         elif batch["pixel_values"] is not None:
             features = self.encoder(batch["pixel_values"]).to(torch.float32)
-        model = self.parallel if self.parallel.training else self.model  # only gradients are to be exchanged
+        model = self.wrapped_model if self.wrapped_model.training else self.model  # only gradients are to be exchanged
         with torch.autocast(device.split(":")[0], self.dtype, enabled=self.dtype != torch.float32):
             return model(
                 batch["input_ids"],
@@ -440,15 +442,15 @@ class Run:
                 num_items_in_batch=answers,
             ).loss
 
-    def figures(self, begun):
+    def collect_metrics(self, begun):
         """What is logged of the steps since `begun`. BadInput after too many of them without a finite gradient."""
         loss, counted = self.processes.all_reduce(
-            torch.stack([self.sums[0], self.sums[1] / self.processes.world_size])
+            torch.stack([self.loss_stats[0], self.loss_stats[1] / self.processes.world_size])
         ).tolist()
         seconds = time.time() - begun  # now that they are done
         steps = self.step % self.args.log_interval or self.args.log_interval
         self.skipped += steps - round(counted)
-        if self.streak[1] >= PATIENCE:
+        if self.nonfinite_streak[1] >= PATIENCE:
             raise BadInput(
                 f"{PATIENCE} steps in a row had a gradient that is not finite; {self.weights_file} is as last saved: "
                 "--resume it with a lower --learning_rate or more --warmup_iters is another run, so start anew from it "
@@ -457,28 +459,28 @@ class Run:
         figures = {
             "loss": loss / counted if counted else math.nan,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "samples_per_s": self.seen / seconds,
+            "samples_per_s": self.samples_seen / seconds,
             "grad_norm": self.norm.item(),
             "epoch": self.step / self.sampler.steps,
         }
-        self.sums, self.seen = torch.zeros_like(self.sums), 0
+        self.loss_stats, self.samples_seen = torch.zeros_like(self.loss_stats), 0
         return {**figures, "skipped": self.skipped} if self.skipped else figures
 
     @torch.no_grad()
     def validate(self):
         """Mean loss over the answers that are held out."""
-        self.parallel.eval()
+        self.wrapped_model.eval()
         sums = torch.zeros(2, device=self.args.device)
         for batch in self.held_out:
             self.held_out.dataset.problems.take(batch)
-            sums[0] += self.loss(batch, 1)
+            sums[0] += self.compute_loss(batch, 1)
             sums[1] += (batch["labels"] != -100).sum()
         loss, answers = self.processes.all_reduce(sums).tolist()
-        self.parallel.train()
+        self.wrapped_model.train()
         return loss / answers
 
 
-def grouped(batches, size):
+def chunked(batches, size):
     """Lists of `size` batches, the last one possibly shorter."""
     group = []
     for batch in batches:

@@ -31,7 +31,7 @@ from model.arguments import add_training_arguments, pick_dtype
 from model.images import normalise, read_pixels
 from model.training.distributed import Processes, Stop
 from model.training.feature_cache import open_cache
-from model.training.trainer import Run, grouped, prepare
+from model.training.trainer import Run, chunked, prepare
 
 
 class Laps:
@@ -77,27 +77,27 @@ def ours(args, run):
     """
     stop, parts = Stop(quiet=True), run.sampler.parts
     batches = list(run.sampler)[args.warm_up * parts : (args.warm_up + args.steps) * parts]
-    steps = grouped(iter(run.loader), parts)
-    run.parallel.train()
+    steps = chunked(iter(run.loader), parts)
+    run.wrapped_model.train()
     run.sampler.begin(0)
     for _ in range(args.warm_up):
-        run.advance(next(steps), stop)
+        run.train_step(next(steps), stop)
     synchronize(args.device)
     begun = time.perf_counter()
     for _ in range(args.steps):
-        run.advance(next(steps), stop)
+        run.train_step(next(steps), stop)
     synchronize(args.device)
     seconds = time.perf_counter() - begun
-    laps, graphed = Laps(args.device), run.gradients
-    run.gradients = run.backward  # no captured graph, of which no part can be timed
+    laps, graphed = Laps(args.device), run.forward_backward
+    run.forward_backward = run.eager_forward_backward  # no captured graph, of which no part can be timed
     run.encoder = laps.wrap("clip", run.encoder)
-    run.loss = laps.wrap("forward", run.loss)
-    run.update = laps.wrap("optimizer", run.update)
-    next_step, advance = laps.wrap("data", next), laps.wrap("step", run.advance)
+    run.compute_loss = laps.wrap("forward", run.compute_loss)
+    run.optimizer_step = laps.wrap("optimizer", run.optimizer_step)
+    next_step, train_step = laps.wrap("data", next), laps.wrap("step", run.train_step)
     for _ in range(args.lap_steps):
-        advance(next_step(steps), stop)
+        train_step(next_step(steps), stop)
     stop.restore_handlers()
-    run.gradients = graphed
+    run.forward_backward = graphed
     each = {name: spent / args.lap_steps for name, spent in laps.seconds.items()}
     each["forward"] -= each.get("clip", 0.0)  # which is a part of it
     each["backward"] = each.pop("step") - sum(each.values()) + each["data"]
