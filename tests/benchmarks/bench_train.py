@@ -214,12 +214,21 @@ def main():
         args.vision_path, args.tokenizer_path = str(folder / "clip"), str(folder / "tokenizer")
         args.data_path, args.images_path, args.out_dir = folder / "data.json", folder / "images", folder / "out"
         processes = Processes(args.device)
-        parts = prepare(args, None, True, None, first=False)
-        model, encoder, _, dataset, _ = parts
+        model, encoder, tokenizer, dataset, _ = prepare(args, None, True, None, first=False)
         (folder / "out").mkdir()
         if args.cache_features:
-            open_cache(args, dataset, encoder, processes)
-        run = Run(args, args.stage, processes, *parts, folder / "out" / "weights.pth", [], None)
+            places = {"folder": folder / "out" / "features", "vision_path": args.vision_path}
+            dataset.features = open_cache(dataset, encoder, processes, **places, num_workers=args.num_workers)
+        run = Run(
+            args=args,
+            stage=args.stage,
+            processes=processes,
+            model=model,
+            encoder=encoder,
+            tokenizer=tokenizer,
+            dataset=dataset,
+            weights_file=folder / "out" / "weights.pth",
+        )
         result = measure(args, run, dataset, roofs(args.device, run.dtype))
         if args.baseline:
             batches = list(run.sampler)[: args.steps]

@@ -119,11 +119,20 @@ class Bench:
         """A trainer on a random model."""
         processes = Processes(args.device)
         if args.cache_features:
-            open_cache(args, dataset, encoder, processes)
+            places = {"folder": self.folder / "out" / "features", "vision_path": args.vision_path}
+            dataset.features = open_cache(dataset, encoder, processes, **places, num_workers=args.num_workers)
         torch.manual_seed(args.seed)
         model = MiniMindVLM(self.config(encoder, dim=args.dim, n_layers=args.n_layers, use_moe=args.use_moe, **config))
-        parts = model.to(args.device), encoder, self.tokenizer, dataset, None
-        return Run(args, args.stage, processes, *parts, self.folder / "out" / "weights.pth", [], None)
+        return Run(
+            args=args,
+            stage=args.stage,
+            processes=processes,
+            model=model.to(args.device),
+            encoder=encoder,
+            tokenizer=self.tokenizer,
+            dataset=dataset,
+            weights_file=self.folder / "out" / "weights.pth",
+        )
 
     def chat(self, dtype, **sizes):
         """A random model that answers. Its matrices are large enough for answers not to hang on rounding."""
@@ -242,9 +251,9 @@ def steps_of(run, count):
     stop, losses, steps = Stop(quiet=True), [], chunked(iter(run.loader), run.sampler.parts)
     run.wrapped_model.train()
     for _ in range(count):
-        before = run.loss_stats[0].clone()
+        before = run.stats.loss_stats[0].clone()
         run.train_step(next(steps), stop)
-        losses.append((run.loss_stats[0] - before).item())
+        losses.append((run.stats.loss_stats[0] - before).item())
     stop.restore_handlers()
     return losses
 
