@@ -13,8 +13,8 @@ HOUSE = """
     model.decoder model.generate model.cpu_speed model.chat model.score model.stages model.arguments model.hf model.export model.doctor
     dataset.check dataset.convert dataset.demo
     model.demo.make_tokenizer model.demo.make_llm model.demo.make_clip
-    model.training.distributed model.training.logs model.training.feature_cache model.training.graphs
-    model.training.trainer model.training.plot
+    model.training.distributed model.training.logs model.training.stats model.training.feature_cache model.training.graphs
+    model.training.resume model.training.trainer model.training.plot
     web.requests web.queue web.api
     1-pretrain_vlm 2-sft_vlm 3-eval_chat web_server
 """

@@ -17,7 +17,8 @@ from helpers import TORCHRUN, begin, digest, finish, log_lines, losses, run_pyth
 
 from model.checkpoint import read_metadata, read_weights
 from model.errors import BadInput
-from model.training.trainer import missed, read_state
+from model.training.resume import read_state
+from model.training.trainer import oom_details
 
 
 def clear(place):
@@ -52,7 +53,11 @@ def test_a_signal_stops_after_the_step_and_saves(place, undisturbed, number):
     until(process, 4)
     process.send_signal(number)
     code, text = finish(process)
-    assert code == 128 + number and "stopping after this step" in text and "with --resume goes on from here" in text
+    assert (
+        code == 128 + number
+        and "stopping after this step" in text
+        and "add --resume to the same command to continue" in text
+    )
     stopped = max(losses(place))
     assert 4 <= stopped < 18 and f"64_vlm_pretrain.pth after step {stopped}" in text
     assert f"resuming after step {stopped} of 18" in run_whole(place, "--resume")
@@ -103,13 +108,15 @@ def test_what_contradicts_is_listed(place):
     before = digest(place)
     code, text = finish(begin(place, "--resume", "--learning_rate", 1e-4, "--seed", 7, "--batch_size", 4))
     assert code == 1 and "Traceback" not in text
-    for odd in ("--learning_rate is 0.0001, was 0.001", "--seed is 7, was 1337", "size of a step is 4, was 8"):
+    assert "_resume.pth belongs to a different run (" in text and "use its settings, or start over without" in text
+    for odd in ("--learning_rate is 0.0001, was 0.001", "--seed is 7, was 1337", "global batch size is 4, was 8"):
         assert odd in text
     assert digest(place) == before
     file = place.out / "64_vlm_pretrain_resume.pth"
-    state = {name: value for name, value in torch.load(file).items() if name != "format"}
-    state["same"]["samples per step"] = state["same"].pop("size of a step")  # as it was before --batch_tokens
-    for other in (state, {**state, "format": 99}, [1]):
+    state = torch.load(file)
+    first = {name: value for name, value in state.items() if name != "format"}  # states had no format at first
+    second = {**state, "format": 2, "same": state["invariants"], "divided": [8, 1], "since": state["running_stats"]}
+    for other in (first, second, {**state, "format": 99}, [1]):
         torch.save(other, file)
         with pytest.raises(BadInput, match=f"{file} was written by another version of MiniMind-V: resume with that"):
             read_state(file)
@@ -117,7 +124,7 @@ def test_what_contradicts_is_listed(place):
     assert code == 1 and "was written by another version" in text and "Traceback" not in text
     file.write_bytes(b"x" * 100)
     code, text = finish(begin(place, "--resume"))
-    assert code == 1 and "is not a whole resume state" in text
+    assert code == 1 and "is truncated or corrupt: start over without --resume" in text
 
 
 def test_torchrun_restarts_a_run_whose_process_died(place, undisturbed):
@@ -138,7 +145,7 @@ def test_torchrun_told_to_end_saves(place, undisturbed, workers):
     until(process, 4)
     process.terminate()
     code, text = finish(process)
-    assert code != 0 and "with --resume goes on from here" in text, text
+    assert code != 0 and "add --resume to the same command to continue" in text, text
     stopped = max(losses(place))
     text = run_whole(place, "--batch_size", 4, "--resume", launcher=launcher)
     assert f"resuming after step {stopped} of 18" in text and losses(place) == pytest.approx(undisturbed[0], abs=1e-5)
@@ -250,7 +257,7 @@ def test_bad_numbers_without_end_stop_the_run(place):
     run_whole(place)
     before = digest(place)
     code, text = finish(begin(place, "--learning_rate", 1e30, "--epochs", 10, "--save_interval", 100))
-    assert code == 1 and "20 steps in a row had a gradient that is not finite" in text and "Traceback" not in text
+    assert code == 1 and "20 steps in a row had NaN or inf gradients" in text and "Traceback" not in text
     assert digest(place) == before
 
 
@@ -304,6 +311,6 @@ def test_out_of_memory_is_told_with_what_to_turn_down():
         "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 7.79 GiB of which 1.20 GiB is "
         "free. Including non-PyTorch memory, this process has 6.58 GiB memory in use."
     )
-    assert missed(error) == (
+    assert oom_details(error) == (
         "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 7.79 GiB of which 1.20 GiB is free"
     )

@@ -90,7 +90,7 @@ def test_a_cache_opens_its_file_in_every_worker(tiny_clip, pictures, tmp_path):
     cache = FeatureCache(tmp_path, "key")
     pixels = torch.stack([read_pixels(path, encoder.image_size) for path in pictures[:3]])
     cache.build(encoder, 3, [(pixels, [None] * 3)], lambda count: None)
-    assert cache.ready()
+    assert cache.open()
     sent = pickle.dumps(cache)
     assert len(sent) < 1000
     assert torch.equal(pickle.loads(sent)[np.array([2, 0])], cache[np.array([2, 0])])
@@ -180,16 +180,16 @@ def test_feature_cache_is_rebuilt_when_stale_or_half_written(tmp_path, tiny_clip
     folder = tmp_path / "features"
 
     cache = FeatureCache(folder, cache_key(tiny_clip, paths))
-    assert not cache.ready()
+    assert not cache.open()
     cache.build(encoder, 3, [(pixels[:2], [None] * 2), (pixels[2:], [None])], lambda n: None)
     again = FeatureCache(folder, cache_key(tiny_clip, paths))
-    assert again.ready()
+    assert again.open()
     torch.testing.assert_close(again[np.array([2, 0])].float(), encoder(pixels)[[2, 0]], atol=5e-3, rtol=5e-3)
 
     again.note.unlink()  # what a run killed while writing leaves behind
-    assert not FeatureCache(folder, cache_key(tiny_clip, paths)).ready()
+    assert not FeatureCache(folder, cache_key(tiny_clip, paths)).open()
     gradient(80, 80).save(paths[1])
-    assert not FeatureCache(folder, cache_key(tiny_clip, paths)).ready()
+    assert not FeatureCache(folder, cache_key(tiny_clip, paths)).open()
     other = VisionEncoder(CLIPVisionModel(encoder.model.config))
     other.model.save_pretrained(tiny_clip)
     assert cache_key(tiny_clip, paths) != cache.key
@@ -206,7 +206,7 @@ def test_half_written_file_is_not_taken_for_whole(tmp_path, tiny_clip):
     cache = FeatureCache(tmp_path / "features", cache_key(tiny_clip, [tmp_path / "a.png"] * 2))
     with pytest.raises(KeyboardInterrupt):
         cache.build(encoder, 2, interrupted(), lambda n: None)
-    assert not FeatureCache(tmp_path / "features", cache.key).ready()
-    assert FeatureCache(tmp_path / "features", cache.key).begun() == (1, {})
+    assert not FeatureCache(tmp_path / "features", cache.key).open()
+    assert FeatureCache(tmp_path / "features", cache.key).progress() == (1, {})
     cache.note.rename(cache.note.with_name("other.json"))
-    assert cache.begun() == (0, {})  # nothing tells how much of it is there
+    assert cache.progress() == (0, {})  # nothing tells how much of it is there

@@ -126,7 +126,7 @@ def test_curves_of_real_runs_are_drawn(place, tmp_path):
 
 def test_what_cannot_be_drawn_is_reported(tmp_path):
     (tmp_path / "bad.jsonl").write_text("x\n[]\n")
-    for log, says in (("bad.jsonl", "is not the log of a training"), ("none.jsonl", "could not be read")):
+    for log, says in (("bad.jsonl", "is not a training log"), ("none.jsonl", "could not be read")):
         code, _, err = run_python("-m", "model.training.plot", tmp_path / log, "--save", tmp_path / "a.png")
         assert code == 1 and says in err and "Traceback" not in err
     (tmp_path / "a.jsonl").write_text(lines(*RUN))

@@ -1,4 +1,4 @@
-"""The processes of one training, and the signals that tell them to stop."""
+"""The processes of a training run, and the signals that stop it."""
 
 import os
 import signal
@@ -11,93 +11,108 @@ import torch.distributed as dist
 
 
 class Processes:
-    """This process's place among those that torchrun started; one process alone where it did not."""
+    """This process among those that torchrun started: rank, world size, collectives. Without torchrun, it is alone."""
 
     def __init__(self, device):
-        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         self.device = device
         self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-        if self.world > 1:
+        if self.world_size > 1:
+            # one GPU per process; NCCL moves gradients between them
             if device.startswith("cuda"):
                 self.device = f"cuda:{os.environ['LOCAL_RANK']}"
                 torch.cuda.set_device(self.device)
-            self.meet("nccl" if device.startswith("cuda") else "gloo")
-            # small things go from host to host, so that no GPU is waited for; the first may be long at CLIP's features
-            self.hosts = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+            self.init_group("nccl" if device.startswith("cuda") else "gloo")
 
-    def meet(self, backend):
-        """Makes the process group.
+            # gloo for small host-side messages: no device sync. Long timeout: building the feature cache can take hours
+            self.host_group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
 
-        torchrun without --rdzv_backend keeps its store when it starts the processes again, with the addresses of the dead
-        in it, and the new ones would call those: they leave theirs under a name of their own.
+    def init_group(self, backend):
+        """Makes the default process group, also after a restart.
+
+        Without --rdzv_backend, torchrun reuses its store after a restart; it still holds the addresses of the dead
+        processes. Each restart therefore uses its own key prefix.
         """
-        store, rank, world = next(dist.rendezvous("env://"))
-        if store.check(["met before"]):
-            fresh = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        if store.check(["initialised before"]):
+            own_store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         else:
-            fresh = store
-        dist.init_process_group(backend, store=fresh, rank=rank, world_size=world)
+            own_store = store
+        dist.init_process_group(backend, store=own_store, rank=rank, world_size=world_size)
+
+        # mark the store only when no process needs to look at it any more
         dist.barrier()
-        store.set("met before", "")
+        store.set("initialised before", "")
 
     @property
-    def first(self):
+    def is_main(self):
+        """Whether this is the process that prints, logs and saves."""
         return self.rank == 0
 
-    def wait(self):
-        if self.world > 1:
-            dist.barrier(self.hosts)
+    def barrier(self):
+        """Waits until all processes have come here."""
+        if self.world_size > 1:
+            dist.barrier(self.host_group)
 
-    def sum(self, tensor):
-        """Adds a tensor over all processes, in place."""
-        if self.world > 1:
-            dist.all_reduce(tensor, group=None if tensor.is_cuda else self.hosts)
+    def all_reduce(self, tensor):
+        """Sums a tensor over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, group=None if tensor.is_cuda else self.host_group)
         return tensor
 
-    def from_first(self, value):
-        """What the first process has, in all of them."""
+    def broadcast(self, value):
+        """The main process's value, in all processes; others pass anything. For any object that pickles."""
         box = [value]
-        if self.world > 1:
-            dist.broadcast_object_list(box, src=0, group=self.hosts)
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, group=self.host_group)
         return box[0]
 
-    def gather(self, value):
-        """What every process has, as a list in all of them."""
-        values = [value] * self.world
-        if self.world > 1:
-            dist.all_gather_object(values, value, group=self.hosts)
+    def all_gather(self, value):
+        """Every process's value, as a list by rank, in all processes. For any object that pickles."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value, group=self.host_group)
         return values
 
     def close(self):
-        if self.world > 1:
+        if self.world_size > 1:
             dist.destroy_process_group()
 
 
 class Stop:
-    """Asked for by Ctrl-C or SIGTERM: the loop ends after its step. A second Ctrl-C ends the process at once."""
+    """Catches Ctrl-C and SIGTERM, so that the loop ends after its step. A second Ctrl-C ends the process at once.
+
+    signal: the number of the signal that came first, or None. quiet: prints nothing.
+    """
 
     def __init__(self, quiet):
-        self.quiet, self.signal, self.since = quiet, None, 0.0
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.quiet = quiet
+        self.signal = None
+        self.asked_at = 0.0
+        self.previous_handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.previous_handlers[number] = signal.signal(number, self.handle)
 
-    def ask(self, number, frame):
-        # from a terminal under torchrun the first Ctrl-C comes twice: by itself and through torchrun
-        if self.signal is not None and number == signal.SIGINT and time.monotonic() - self.since > 1:
+    def handle(self, number, frame):
+        # from a terminal under torchrun, one Ctrl-C arrives twice: directly and through torchrun
+        if self.signal is not None and number == signal.SIGINT and time.monotonic() - self.asked_at > 1:
             os._exit(130)
         if self.signal is None:
-            self.signal, self.since = number, time.monotonic()
+            self.signal = number
+            self.asked_at = time.monotonic()
             if not self.quiet:
                 print("\nstopping after this step (Ctrl-C again: at once)", file=sys.stderr, flush=True)
 
-    def end(self):
-        """Signals do again what they did before."""
-        for number, handler in self.before.items():
+    def restore_handlers(self):
+        """Restores the previous signal handlers."""
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
 
 
 def ignore_signals(_):
-    """For the workers that read data: a terminal's Ctrl-C and torchrun's SIGTERM go to all, and are for the loop to heed."""
+    """For DataLoader workers: stop signals reach every process, but only the training loop handles them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgrp"):
-        os.setpgrp()  # and not SIG_IGN for SIGTERM, by which the loop ends them
+        # a process group of its own is out of torchrun's reach; not SIG_IGN, as the loop ends its workers with SIGTERM
+        os.setpgrp()

@@ -1,6 +1,6 @@
-"""CLIP's features of all pictures, computed once and kept on disk: a frozen encoder gives the same every time.
+"""CLIP's features of all pictures, computed once and kept on disk: a frozen encoder gives the same ones every time.
 
-Shapes: P tokens per image, V vision width.
+Shapes: N pictures of a batch, S picture size, P tokens per image, V vision width.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from model.files import read_json_object
 
 
 def cache_key(vision_path, image_paths):
-    """What a feature cache belongs to: the encoder's files and each picture's name, size and time of change."""
+    """Hash of what the features depend on: name, size and time of change of the encoder's files and of each picture."""
     digest = hashlib.sha256()
     for file in sorted(Path(vision_path).glob("*")):
         if file.suffix in (".safetensors", ".bin", ".json"):
@@ -29,87 +29,109 @@ def cache_key(vision_path, image_paths):
         try:
             stat = os.stat(path)
         except OSError:
-            stat = None
+            stat = None  # a missing picture is a fact, too: once it is there, the key changes
         digest.update(f"{path} {stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
     return digest.hexdigest()
 
 
 class FeatureCache:
-    """fp16 features of a list of pictures in one memory-mapped file (pictures, P, V), named after the key of `cache_key`.
+    """float16 features of a list of pictures in one memory-mapped file (pictures, P, V), named after its `cache_key`.
 
-    Until all rows are there it is a .tmp file. The .json beside it has the whole key, how many rows are `done`, and in
-    `bad` why for each row whose picture could not be read.
+    Until all rows are there it is a .tmp file. The .json beside it, the note, holds the whole `key`, the number of rows
+    `done`, and in `bad`, for each row whose picture could not be read, the reason and the message.
     """
 
     def __init__(self, folder, key):
-        self.file, self.partial, self.note = (Path(folder) / f"{key[:16]}{end}" for end in (".npy", ".tmp", ".json"))
         self.key = key
-        self.array, self.bad = None, {}
+        self.file = Path(folder) / f"{key[:16]}.npy"
+        self.partial = self.file.with_suffix(".tmp")
+        self.note = self.file.with_suffix(".json")
+        self.array = None
+        self.bad = {}
 
     def __getstate__(self):
-        """What a worker process is sent: it opens the file itself."""
+        """What pickle sends to a DataLoader worker: not the array, as each worker maps the file itself."""
         return {**self.__dict__, "array": None}
 
-    def ready(self):
-        """Opens the cache if it is whole; False if it must be built."""
-        whole = self.note.exists() and self.file.exists() and not self.partial.exists()
-        if self.array is None and whole:
+    def open(self):
+        """Opens the cache if it is complete; False if it must be built."""
+        complete = self.note.exists() and self.file.exists() and not self.partial.exists()
+        if self.array is None and complete:
             note = read_json_object(self.note)
             if note.get("key") == self.key:
                 self.array = np.load(self.file, mmap_mode="r")
-                self.bad = {int(row): why for row, why in note.get("bad", {}).items()}
+                self.bad = {int(row): problem for row, problem in note.get("bad", {}).items()}
         return self.array is not None
 
-    def begun(self):
-        """How many rows a build that was cut off has left, and the problems among them."""
+    def progress(self):
+        """Progress of an interrupted build: (rows done, their problems)."""
         note = read_json_object(self.note) if self.partial.exists() else {}
-        return (note.get("done", 0), note["bad"]) if note.get("key") == self.key else (0, {})
+        if note.get("key") != self.key:
+            return 0, {}
+        return note.get("done", 0), note["bad"]
 
-    def build(self, encoder, pictures, loader, progress):
-        """Runs CLIP once over that many pictures, less those that are `begun`. `loader` yields the others, in the order of
-        the cache's rows, as uint8 pixels (N, 3, S, S) and a list of N problems, None for a good picture. OSError if there is
-        no room for all of them."""
+    def build(self, encoder, pictures, loader, update):
+        """Runs CLIP over a number of `pictures` and writes their features, continuing after the rows that are done.
+
+        loader: yields the rest, in the order of the rows, as uint8 pixels (N, 3, S, S) and a list of N problems, None
+        for a good picture. update: called with the number of new rows. OSError if the disk has no room for all rows.
+        """
+        # the note comes first: a file without one would be of unknown content
         self.file.parent.mkdir(parents=True, exist_ok=True)
+        done, bad = self.progress()
+        self.write_note(done, bad)
+
         shape = (pictures, encoder.image_tokens, encoder.vision_width)
-        done, bad = self.begun()
-        self.note_down(done, bad)
-        array = np.lib.format.open_memmap(self.partial, mode="r+" if done else "w+", dtype=np.float16, shape=shape)
-        if hasattr(os, "posix_fallocate"):  # a disk that fills up later would end the process without a word
+        mode = "r+" if done else "w+"
+        array = np.lib.format.open_memmap(self.partial, mode=mode, dtype=np.float16, shape=shape)
+        if hasattr(os, "posix_fallocate"):
+            # reserve the space now: a full disk would otherwise kill us with SIGBUS
             with open(self.partial, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, self.partial.stat().st_size)
+
         for pixels, problems in loader:
-            features = encoder(pixels).to(device="cpu", dtype=torch.float16).numpy()
+            # a picture that can't be read is black, and its problem is noted instead
+            features = encoder(pixels).to(device="cpu", dtype=torch.float16).numpy()  # (N, P, V)
             array[done : done + len(features)] = features
-            bad |= {done + i: problem for i, problem in enumerate(problems) if problem}
+            for row, problem in enumerate(problems, start=done):
+                if problem:
+                    bad[row] = problem
             done += len(features)
-            progress(len(features))
-            array.flush()  # before the note says that they are there
-            self.note_down(done, bad)
+            update(len(features))
+
+            # rows reach the disk before the note counts them, so a killed build never counts too many
+            array.flush()
+            self.write_note(done, bad)
+
+        # only the complete file has the final name
         os.replace(self.partial, self.file)
 
-    def note_down(self, done, bad):
-        """Writes the note, which is never half there."""
-        fresh = self.note.with_suffix(".new")
-        fresh.write_text(json.dumps({"key": self.key, "done": done, "bad": bad}, ensure_ascii=False), encoding="utf-8")
-        os.replace(fresh, self.note)
+    def write_note(self, done, bad):
+        """Writes the note, atomically."""
+        new = self.note.with_suffix(".new")
+        new.write_text(json.dumps({"key": self.key, "done": done, "bad": bad}, ensure_ascii=False), encoding="utf-8")
+        os.replace(new, self.note)
 
     def __getitem__(self, rows):
-        """Features (len(rows), P, V) as a float16 tensor. BadRecord if a picture of them could not be read."""
-        if self.array is None:
-            self.ready()
+        """Features (len(rows), P, V) as a float16 tensor. BadRecord if one of these pictures could not be read."""
+        if self.array is None:  # first access in a worker
+            self.open()
         for row in self.bad.keys() & set(rows.tolist()):
             raise BadRecord(*self.bad[row])
         return torch.from_numpy(self.array[rows])
 
 
-def open_cache(args, dataset, encoder, processes):
-    """Gives the dataset its feature cache, which the first process builds, or goes on building, if need be."""
-    key = cache_key(args.vision_path, dataset.image_paths) if processes.first else None
-    cache = FeatureCache(Path(args.out_dir) / "features", processes.from_first(key))
-    if processes.first and not cache.ready():
-        pictures, (done, _) = Pictures(dataset), cache.begun()
+def open_cache(dataset, encoder, processes, *, folder, vision_path, num_workers):
+    """The FeatureCache of a VLMDataset's pictures, in `folder`. The main process builds what is missing of it."""
+    # hashing looks at every picture's file, so only one process does it
+    key = cache_key(vision_path, dataset.image_paths) if processes.is_main else None
+    cache = FeatureCache(folder, processes.broadcast(key))
+
+    if processes.is_main and not cache.open():
+        pictures = Pictures(dataset)
+        done, _ = cache.progress()
         rows = range(done, len(pictures))
-        loader = DataLoader(pictures, 64, sampler=rows, collate_fn=collate_pictures, num_workers=args.num_workers)
+        loader = DataLoader(pictures, 64, sampler=rows, collate_fn=collate_pictures, num_workers=num_workers)
         with tqdm(total=len(pictures), initial=done, unit="picture", desc="CLIP", disable=None) as bar:
             if bar.disable:
                 print(f"running CLIP over {len(rows)} pictures ...", file=sys.stderr, flush=True)
@@ -118,12 +140,14 @@ def open_cache(args, dataset, encoder, processes):
             except OSError as error:
                 gigabytes = len(pictures) * encoder.image_tokens * encoder.vision_width * 2 / 1e9
                 raise BadInput(
-                    f"{cache.partial} could not be written ({error.strerror}): it takes {gigabytes:.1f} GB; make room, name "
-                    "another --out_dir, or leave out --cache_features"
+                    f"{cache.partial} could not be written ({error.strerror}): it takes {gigabytes:.1f} GB; make room, "
+                    "name another --out_dir, or leave out --cache_features"
                 ) from None
-    processes.wait()
-    if not cache.ready():
+
+    # the others wait until it is built
+    processes.barrier()
+    if not cache.open():
         raise BadInput(
             f"{cache.file} was not found by process {processes.rank}: --out_dir must be shared by all machines"
         )
-    dataset.use_features(cache)
+    return cache

@@ -1,4 +1,9 @@
-"""The log of a run: written while it trains, and read by what draws curves."""
+"""The log of a run: written while it trains, and read by what draws curves.
+
+A log is a .jsonl file. A run, or its continuation, starts with {"run", "step", "steps", "time", "args"}. A line of
+metrics has "step" and some of "loss", "lr", "samples_per_s", "grad_norm", "epoch", "skipped", "val_loss", "epoch_Time".
+The last line is {"left_out"}: how many records were not used, by reason.
+"""
 
 import json
 import math
@@ -13,40 +18,43 @@ from model.errors import BadInput
 
 
 class Log:
-    """Where the figures of a run go: a bar or plain lines, a JSON-lines file, and Weights & Biases if asked.
+    """Where a run's metrics go: a progress bar or plain lines, a JSON-lines file, and Weights & Biases if asked for.
 
-    step: where the run continues; what the file has beyond it, of a run that was cut off, is taken out.
+    step: the step the run resumes at, or 0; what an interrupted run has logged beyond it is removed from the file.
     """
 
     def __init__(self, args, name, step, steps, wandb_id=None):
         path = Path(args.out_dir) / f"{name}.jsonl"
+        start = {"run": name, "step": step, "steps": steps, "time": time.time(), "args": vars(args)}
         try:
             self.file = open(path, "r+" if step and path.exists() else "a", encoding="utf-8")  # noqa: SIM115
             if step:
-                self.forget_beyond(step)
-            self.file.write(
-                json.dumps({"run": name, "step": step, "steps": steps, "time": time.time(), "args": vars(args)}) + "\n"
-            )
+                self.truncate_after(step)
+            self.file.write(json.dumps(start) + "\n")
         except OSError as error:
             raise BadInput(f"{path} could not be written ({error.strerror}): name another --out_dir") from None
         self.bar = tqdm(total=steps, initial=step, desc=name, disable=not sys.stderr.isatty())
-        self.first, self.steps, self.begun = step, steps, time.time()
-        self.full = False
+        self.first_step = step
+        self.steps = steps
+        self.started = time.time()
+        self.write_failed = False
         self.wandb = self.open_wandb(args, wandb_id) if args.use_wandb else None
 
-    def forget_beyond(self, step):
-        """Cuts the file before the first line of the last run that tells of a later step."""
+    def truncate_after(self, step):
+        """Removes from the file, in its last run, everything but the metrics up to `step`."""
         lines = self.file.readlines()
-        last = max((i for i, line in enumerate(lines) if line.startswith('{"run"')), default=0)
-        kept = lines[:last] + [line for line in lines[last:] if whole_step(line) <= step]
+        starts = [i for i, line in enumerate(lines) if line.startswith('{"run"')]
+        last_start = starts[-1] if starts else 0
+        kept = lines[:last_start]
+        kept += [line for line in lines[last_start:] if step_of(line) <= step]
         self.file.seek(0)
         self.file.truncate()
         self.file.writelines(kept)
 
     @staticmethod
     def open_wandb(args, wandb_id):
-        """The run at Weights & Biases, or None, with a word about it, where there can be none."""
-        os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds in which it must be reached
+        """The run at Weights & Biases; None, with a message, if there can't be one."""
+        os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds to reach the server
         import wandb
 
         try:
@@ -55,30 +63,39 @@ class Log:
             )
         except wandb.Error as error:
             reason = str(error).splitlines()[0]
-            tell(f"no Weights & Biases ({reason}): set WANDB_MODE=offline to log here and sync later; going on without")
+            tell(
+                f"no Weights & Biases ({reason}): set WANDB_MODE=offline to log here and sync later; continuing without"
+            )
             return None
 
     @property
     def wandb_id(self):
         return self.wandb.id if self.wandb else None
 
-    def write(self, step, figures):
-        left = (time.time() - self.begun) / (step - self.first) * (self.steps - step) / 60
-        figures = {**figures, "epoch_Time": left}
+    def write(self, step, metrics):
+        """Logs metrics, {name: number}, of a step."""
+        # the time left, in minutes, from the mean time per step since the start; minimind's logs call it epoch_Time
+        seconds_per_step = (time.time() - self.started) / (step - self.first_step)
+        minutes_left = seconds_per_step * (self.steps - step) / 60
+        metrics = {**metrics, "epoch_Time": minutes_left}
+
+        # flush every line, so that curves can be watched live; a full disk doesn't end the training
         try:
-            self.file.write(json.dumps({"step": step, **figures}) + "\n")
+            self.file.write(json.dumps({"step": step, **metrics}) + "\n")
             self.file.flush()
         except OSError as error:
-            if not self.full:
-                tell(f"{self.file.name} could not be written ({error.strerror}); training goes on")
-            self.full = True
+            if not self.write_failed:
+                tell(f"{self.file.name} could not be written ({error.strerror}); training continues")
+            self.write_failed = True
         if self.wandb:
-            self.wandb.log(figures, step=step)
+            self.wandb.log(metrics, step=step)
+
+        # for the terminal: a bar, or a line if the output goes to a file
         if self.bar.disable:
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items() if name != "epoch_Time")
-            print(f"step {step}/{self.steps}: {shown}, {left:.1f} min left", flush=True)
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name != "epoch_Time")
+            print(f"step {step}/{self.steps}: {shown}, {minutes_left:.1f} min left", flush=True)
         else:
-            self.bar.set_postfix({name: f"{value:.4g}" for name, value in figures.items()})
+            self.bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()})
             self.bar.update(step - self.bar.n)
 
     def close(self, left_out):
@@ -88,13 +105,13 @@ class Log:
             self.file.write(json.dumps({"left_out": left_out}) + "\n")
             self.file.close()
         except OSError:
-            pass  # told before
+            pass  # `write` has reported it
         if self.wandb:
             self.wandb.finish()
 
 
-def whole_step(line):
-    """The step of a line of the log; infinity for a line that was cut off in the middle."""
+def step_of(line):
+    """The step of a line of the log; infinity for a truncated line and for one without a step."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError):
@@ -102,7 +119,7 @@ def whole_step(line):
 
 
 def tell(text):
-    """A line for the person who watches, beside a bar that may be moving."""
+    """Prints to stderr without breaking the progress bar."""
     tqdm.write(text, file=sys.stderr)
     sys.stderr.flush()
 
@@ -110,14 +127,15 @@ def tell(text):
 def read_log(path):
     """The last run in a log that `Log` wrote: {"name", "step", "steps", "minutes_left", "curves"}.
 
-    minutes_left is None before the first figures and after the end. curves: for each figure its points, [step, value], with
-    None where the value is not a finite number. Lines that are not whole are passed over, as the last one of a running
-    training may be. BadInput if the file can't be read or has no run.
+    minutes_left is None before the first metrics and after the end. curves: for each metric its points [step, value],
+    with None for a value that is not finite. Truncated lines are skipped: a running training may be writing the last.
+    BadInput if the file can't be read or has no run.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise BadInput(f"{path} could not be read ({error.strerror})") from None
+
     run = None
     for line in lines:
         try:
@@ -125,16 +143,19 @@ def read_log(path):
         except ValueError:
             continue
         if isinstance(entry, dict) and "run" in entry:
-            if run is None or not entry.get("step"):  # one that is resumed goes on where it was
+            # a start from step 0 is a new run; a resumed one continues its curves
+            if run is None or not entry.get("step"):
                 run = {"name": entry["run"], "step": 0, "steps": entry.get("steps", 0), "curves": {}}
             run["minutes_left"] = None
         elif run and "left_out" in entry:
             run["minutes_left"] = None
         elif run and "step" in entry:
-            run["step"], run["minutes_left"] = entry.pop("step"), entry.pop("epoch_Time", None)
+            # the other entries of the line are metrics
+            run["step"] = entry.pop("step")
+            run["minutes_left"] = entry.pop("epoch_Time", None)
             for name, value in entry.items():
-                point = [run["step"], value if isinstance(value, int | float) and math.isfinite(value) else None]
-                run["curves"].setdefault(name, []).append(point)
+                is_finite = isinstance(value, int | float) and math.isfinite(value)
+                run["curves"].setdefault(name, []).append([run["step"], value if is_finite else None])
     if run is None:
-        raise BadInput(f"{path} is not the log of a training: name .jsonl files that a stage wrote")
+        raise BadInput(f"{path} is not a training log: pass .jsonl files that a training stage wrote")
     return run

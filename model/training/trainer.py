@@ -1,11 +1,15 @@
-"""The training loop of every stage, alone or under torchrun."""
+"""The training loop of every stage, alone or under torchrun.
+
+`train` loads what a stage needs and hands it to a `Run`, whose `train_step` is the heart of it.
+
+Shapes: B batch, T tokens, N images in the batch, P tokens per image, V vision width, S picture size, L answer tokens.
+"""
 
 import contextlib
 import importlib.util
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -24,66 +28,88 @@ from dataset.batches import LengthBatches, SortedBatches, TokenBatches
 from dataset.dataset import VLMDataset, collate
 from dataset.records import chunked
 from model.arguments import model_sizes, pick_dtype
-from model.checkpoint import encoder_hash, load_parts, save_weights, tokenizer_hash
+from model.checkpoint import load_parts, save_weights
 from model.errors import BadInput
-from model.files import write_atomically
 from model.model import can_use_grouped_mm
 from model.stages import STAGES, weights_path
 
 from .distributed import Processes, Stop, ignore_signals
 from .feature_cache import open_cache
-from .graphs import GraphedBackward
+from .graphs import GraphedForwardBackward
 from .logs import Log, tell
+from .resume import global_batch_size, load_state_dict, read_state, save_state, state_file
+from .stats import RunningStats
+
+PATIENCE = 20  # non-finite steps in a row that end a run
 
 # --- what a stage needs ---------------------------------------------------------------------------------------------
 
 
-def prepare(args, weights, allow_missing_projector, saved, first):
-    """Loads everything a stage needs: (parts, dataset, held-out dataset or None).
+def prepare(args, weights, allow_missing_projector, resume_state, is_main):
+    """Loads everything a stage needs: (parts, dataset, validation dataset or None).
 
-    weights: the file to start from, or None for random weights; with a `saved` run it need not be there any more.
+    weights: the file to start from, or None for random weights; a resumed run doesn't need it any more.
     Whatever is missing stops the run here, before any work.
     """
     parts = load_parts(
-        None if saved else weights,
+        None if resume_state else weights,
         args.vision_path,
         args.tokenizer_path,
         args.device,
         pick_dtype(args.dtype, args.device),
         sizes=model_sizes(args),
-        metadata=saved and {"config": json.loads(saved["config"]), "training": json.loads(saved["history"])},
+        metadata=resume_state and json.loads(resume_state["metadata"]),
         allow_missing_projector=allow_missing_projector,
         seed=args.seed,
     )
-    if first and parts.summary:
+    if is_main and parts.summary:
         print(parts.summary, flush=True)
-    sizes = (args.max_seq_len, parts.encoder.image_size)
-    strictness = {"strict": args.strict, "max_fraction": args.max_bad_fraction, "notify": tell if first else None}
-    dataset, held_out = (
-        path and VLMDataset(path, args.images_path, parts.tokenizer, parts.model.config, *sizes, **strictness)
-        for path in (args.data_path, args.val_path)
-    )
-    return parts._replace(model=parts.model.to(args.device)), dataset, held_out
+
+    # token ids and answer flags of all records; pictures are read later, batch by batch
+    datasets = []
+    for path in (args.data_path, args.val_path):
+        dataset = path and VLMDataset(
+            path,
+            args.images_path,
+            parts.tokenizer,
+            parts.model.config,
+            args.max_seq_len,
+            parts.encoder.image_size,
+            strict=args.strict,
+            max_fraction=args.max_bad_fraction,
+            notify=tell if is_main else None,
+        )
+        datasets.append(dataset)
+    return parts._replace(model=parts.model.to(args.device)), *datasets
 
 
-def compiled(model, device):
-    """A model that is compiled at its first batch, with sizes that differ from batch to batch as unknowns.
+def compile_model(model, device):
+    """A model that is compiled at its first batch, with dynamic shapes: sizes differ from batch to batch.
 
-    After eight compilations PyTorch lets what is still new run as it is. BadInput if the compiler is missing.
+    After eight recompilations PyTorch falls back to eager. BadInput if the compiler is missing.
     """
     compiler = os.environ.get("CXX", "g++")
     if device == "cpu" and not shutil.which(compiler):
         raise BadInput(f"--compile needs a C++ compiler, and {compiler} was not found: install one, or leave it out")
     if device.startswith("cuda") and not importlib.util.find_spec("triton"):
-        raise BadInput("--compile needs Triton on a GPU, and this PyTorch came without: leave it out")
+        raise BadInput("--compile needs Triton on a GPU, and this PyTorch has none: leave out --compile")
     return torch.compile(model, dynamic=True)
 
 
-def split(dataset, fraction, seed):
-    """Indices to train on and to hold out, the latter a random `fraction` of the samples."""
-    order = np.random.default_rng([seed, 2**31]).permutation(len(dataset))  # no epoch has this number
-    held_out = round(len(dataset) * fraction)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
+def can_use_cuda_graphs(args, dtype, world_size):
+    """Whether forward and backward can be captured: on one GPU, without --compile, and with no device sync in them."""
+    if not args.device.startswith("cuda") or world_size > 1 or args.compile:
+        return False
+    # a loop over experts syncs to learn how many tokens each has; grouped matmuls don't
+    return not args.use_moe or can_use_grouped_mm(torch.empty(1, device=args.device, dtype=dtype))
+
+
+def train_val_split(num_samples, fraction, seed):
+    """(indices to train on, indices to validate on), both sorted; the latter are a random `fraction` of all samples."""
+    rng = np.random.default_rng([seed, 2**31])  # a stream that no epoch uses
+    order = rng.permutation(num_samples)
+    num_val = round(num_samples * fraction)
+    return np.sort(order[num_val:]), np.sort(order[:num_val])
 
 
 def learning_rate_at(step, steps, peak, warmup):
@@ -96,370 +122,409 @@ def learning_rate_at(step, steps, peak, warmup):
 
 # --- the loop -------------------------------------------------------------------------------------------------------
 
-PATIENCE = 20  # steps in a row without a finite gradient
-FORMAT = 3  # of resume states: to be raised with every change of what they hold
-
 
 def train(args, stage, from_scratch=False):
-    """Trains projector and language model in a stage, whose weights are written to `out_dir`; CLIP stays as it is.
+    """Trains projector and language model in one of the `STAGES`; CLIP stays frozen.
 
-    With --resume, or started again by torchrun, it goes on from the state of a run that was cut off, if there is one.
+    args: flags of `add_training_arguments`. from_scratch: start from random weights.
+
+    With --resume, or when torchrun has restarted it, it continues an interrupted run if there is the state of one.
     """
-    weights = args.from_weights or weights_path(args.out_dir, args, STAGES[stage].starts_from)
+    starts_from = STAGES[stage].starts_from
+    weights = args.from_weights or weights_path(args.out_dir, args, starts_from)
     if from_scratch:
         weights = None
     weights_file = weights_path(args.out_dir, args, STAGES[stage].writes)
+
     processes = Processes(args.device)
     args.device = processes.device
     try:
-        saved = None
-        if processes.sum(torch.tensor(float(args.resume or processes.restarted))):  # any of them
-            saved = processes.from_first(read_state(state_file(weights_file)) if processes.first else None)
-            if saved is None and processes.first:
-                print(f"nothing to resume: {state_file(weights_file)} is not there; starting from the beginning")
-        parts, *datasets = prepare(args, weights, STAGES[stage].starts_from == "llm", saved, processes.first)
+        # if any process was restarted, all resume, from the state that the main process reads
+        resume_state = None
+        resuming = torch.tensor(float(args.resume or processes.restarted))
+        if processes.all_reduce(resuming):
+            resume_state = processes.broadcast(read_state(state_file(weights_file)) if processes.is_main else None)
+            if resume_state is None and processes.is_main:
+                print(f"nothing to resume: {state_file(weights_file)} not found; starting from the beginning")
+
+        # refuse what is missing before any work
+        parts, dataset, val_dataset = prepare(args, weights, starts_from == "llm", resume_state, processes.is_main)
         try:
             Path(args.out_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise BadInput(f"{args.out_dir} could not be made ({error.strerror}): name another --out_dir") from None
+            raise BadInput(f"{args.out_dir} could not be created ({error.strerror}): name another --out_dir") from None
+
+        # run the frozen CLIP once over all pictures; from then on items carry its features instead of pixels
         if args.cache_features:
-            for dataset in filter(None, datasets):
-                open_cache(args, dataset, parts.encoder, processes)
-        run = Run(args, stage, processes, parts, *datasets, weights_file, saved)
-        saved = None  # as large as model and optimizer together
+            for each in filter(None, [dataset, val_dataset]):
+                cache = open_cache(
+                    each,
+                    parts.encoder,
+                    processes,
+                    folder=Path(args.out_dir) / "features",
+                    vision_path=args.vision_path,
+                    num_workers=args.num_workers,
+                )
+                each.use_features(cache)
+
+        run = Run(
+            args=args,
+            stage=stage,
+            processes=processes,
+            parts=parts,
+            dataset=dataset,
+            val_dataset=val_dataset,
+            weights_file=weights_file,
+            resume_state=resume_state,
+        )
+        del resume_state  # as large as model and optimizer together
         run.train()
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         raise BadInput(
-            f"out of memory ({missed(error)}): lower --batch_size (or --batch_tokens), and raise --accumulation_steps as much "
-            "to train on the same batches; or lower --max_seq_len"
+            f"out of memory ({oom_details(error)}): lower --batch_size (or --batch_tokens), and raise "
+            "--accumulation_steps by the same factor to train on the same batches; or lower --max_seq_len"
         ) from None
     finally:
         processes.close()
 
 
-def missed(error):
-    """How much memory was wanted and how much was there, in PyTorch's own words."""
+def oom_details(error):
+    """How much memory PyTorch asked for and how much was free, in its own words."""
     words = re.search(r"[Tt]ried to allocate.*?(?=\. (?:Including|Of)|\. Error|$)", str(error))
     return words.group().rstrip(".") if words else str(error).splitlines()[0]
 
 
-def state_file(weights_file):
-    """Where a run keeps all it needs to continue."""
-    return weights_file.with_name(f"{weights_file.stem}_resume.pth")
-
-
-def read_state(path):
-    """What `Run.state` wrote; None if there is nothing. BadInput if it is no such file, or another version's."""
-    if not path.exists():
-        return None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
-        raise BadInput(f"{path} is not a whole resume state: start anew without --resume") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise BadInput(
-            f"{path} was written by another version of MiniMind-V: resume with that one, or start anew without --resume"
-        )
-    return state
-
-
 class Run:
-    """One stage's training. `history` tells, one entry a stage, how the weights were made that it starts from."""
+    """One stage's training, from its first step, or that of `resume_state`, to its last.
 
-    def __init__(self, args, stage, processes, parts, dataset, held_out, weights_file, saved):
-        self.args, self.stage, self.processes = args, stage, processes
-        self.model, self.encoder, self.tokenizer = model, _, _ = parts[:3]
-        self.weights_file, self.history = weights_file, parts.metadata.get("training", [])
+    args: the parsed flags; kept for the log, the resume state and the metadata, while the loop reads attributes.
+    val_dataset: the dataset to validate on; without it, --val_fraction of `dataset` is held out.
+    parts: what `load_parts` returned; its metadata has a list "training", one entry per earlier stage.
+    resume_state: what `read_state` returned, or None.
+    """
+
+    def __init__(
+        self,
+        *,
+        args,
+        stage,
+        processes,
+        parts,
+        dataset,
+        val_dataset=None,
+        weights_file,
+        resume_state=None,
+    ):
+        self.args = args
+        self.stage = stage
+        self.processes = processes
+        self.model = model = parts.model
+        self.encoder = parts.encoder
+        self.tokenizer = parts.tokenizer
+        self.history = parts.metadata.get("training", [])
+        self.weights_file = weights_file
+        self.wandb_id = None
+
+        # flags that the loop reads
+        self.device = args.device
         self.dtype = pick_dtype(args.dtype, args.device)
-        # of what is captured as CUDA graphs; experts one by one would have to be counted by the host
-        self.few_shapes = args.device.startswith("cuda") and processes.world == 1 and not args.compile
-        self.few_shapes &= not args.use_moe or can_use_grouped_mm(torch.empty(1, device=args.device, dtype=self.dtype))
-        training, kept = split(dataset, args.val_fraction, args.seed)
-        place = (processes.rank, processes.world)
-        size = self.step_size(saved)
+        self.seed = args.seed
+        self.learning_rate = args.learning_rate
+        self.warmup_iters = args.warmup_iters
+        self.grad_clip = args.grad_clip
+        self.log_interval = args.log_interval
+        self.eval_interval = args.eval_interval
+        self.save_interval = args.save_interval
+        self.use_cuda_graphs = can_use_cuda_graphs(args, self.dtype, processes.world_size)
+
+        # training data; the sampler deals a step's samples to the processes
+        train_indices, val_indices = train_val_split(len(dataset), args.val_fraction, args.seed)
+        rank, world_size = processes.rank, processes.world_size
+        size = global_batch_size(args, world_size, resume_state)
         if args.batch_tokens:
-            self.sampler = TokenBatches(training, dataset.lengths, args.batch_tokens, size, *place, args.seed)
+            self.sampler = TokenBatches(
+                train_indices, dataset.lengths, args.batch_tokens, size, rank, world_size, args.seed
+            )
         else:
-            self.sampler = LengthBatches(training, dataset.lengths, size, args.batch_size, *place, args.seed)
-        self.loader = self.load(dataset, self.sampler)
-        if held_out:
-            kept = np.arange(len(held_out))
-        self.measures = len(kept) > 0
-        held_out = held_out or dataset
-        self.held_out = self.load(held_out, SortedBatches(kept, held_out.lengths, args.batch_size, *place))
+            self.sampler = LengthBatches(
+                train_indices, dataset.lengths, size, args.batch_size, rank, world_size, args.seed
+            )
+        self.loader = self.make_loader(dataset, self.sampler, args.num_workers)
         self.problems = dataset.problems
-        self.fingerprint = zlib.crc32(dataset.ids.values.numpy(), zlib.crc32(dataset.lengths))
-        self.scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=self.dtype == torch.float16)
+        self.data_checksum = zlib.crc32(dataset.ids.values.numpy(), zlib.crc32(dataset.lengths))
+
+        # validation data: a dataset of its own, or the samples held out above
+        if val_dataset is not None:
+            val_indices = np.arange(len(val_dataset))
+        else:
+            val_dataset = dataset
+        self.val_loader = None
+        if len(val_indices):
+            val_sampler = SortedBatches(val_indices, val_dataset.lengths, args.batch_size, rank, world_size)
+            self.val_loader = self.make_loader(val_dataset, val_sampler, args.num_workers)
+
+        # optimizer; with --freeze_llm it only has the projector's parameters
         if args.freeze_llm:
             model.requires_grad_(False).vision_proj.requires_grad_(True)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=args.learning_rate, fused=args.device != "mps")
-        self.step, self.steps = 0, self.sampler.steps * args.epochs
-        if not self.steps:
+        self.scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=self.dtype == torch.float16)
+
+        # where the run is
+        self.step = 0  # optimizer steps done
+        self.total_steps = self.sampler.steps * args.epochs
+        self.stats = RunningStats(args.device)
+        if not self.total_steps:
             raise BadInput(
-                f"there is nothing to do: {args.epochs} epochs of {len(training)} samples, and a step takes "
+                f"there is nothing to do: {args.epochs} epochs of {len(train_indices)} samples, and a step takes "
                 f"{size} {'batches' if args.batch_tokens else 'samples'}"
             )
-        # since the last log line: loss and steps that counted; steps in a row without a finite gradient, now and at most
-        self.sums, self.streak = torch.zeros(2, device=args.device), torch.zeros(2, device=args.device)
-        self.seen, self.skipped, self.wandb_id = 0, 0, None
-        if saved:
-            self.restore(saved)
-        self.parallel = compiled(model, args.device) if args.compile else model
-        if processes.world > 1:
-            self.parallel = DistributedDataParallel(self.parallel)
-        self.gradients = self.backward
-        if self.few_shapes:
-            for parameter in trained:
-                parameter.grad = torch.zeros_like(parameter)
-            self.gradients = GraphedBackward(self.backward, args.device)
+        if resume_state:
+            load_state_dict(self, resume_state)
+            if processes.is_main:
+                print(f"resuming after step {self.step} of {self.total_steps}", flush=True)
 
-    def load(self, dataset, batches):
+        # what forward and backward go through: compiler, DDP, or CUDA graphs
+        self.wrapped_model = compile_model(model, args.device) if args.compile else model
+        if world_size > 1:
+            self.wrapped_model = DistributedDataParallel(self.wrapped_model)
+        self.forward_backward = self.eager_forward_backward
+        if self.use_cuda_graphs:
+            for parameter in trained:
+                parameter.grad = torch.zeros_like(parameter)  # graphs add to it, so it must exist and stay in place
+            self.forward_backward = GraphedForwardBackward(self.eager_forward_backward, args.device)
+
+    def make_loader(self, dataset, batch_sampler, num_workers):
         return DataLoader(
             dataset,
-            batch_sampler=batches,
-            collate_fn=partial(collate, few_shapes=self.few_shapes),
-            num_workers=self.args.num_workers,
+            batch_sampler=batch_sampler,
+            collate_fn=partial(collate, few_shapes=self.use_cuda_graphs),
+            num_workers=num_workers,
             worker_init_fn=ignore_signals,
-            pin_memory=self.args.device.startswith("cuda"),
-            persistent_workers=self.args.num_workers > 0,
+            pin_memory=self.device.startswith("cuda"),
+            persistent_workers=num_workers > 0,
         )
 
-    # --- to continue as if nothing had happened ---
-
-    def step_size(self, saved):
-        """Samples of a step over all processes, or with --batch_tokens its batches; those of the run that is resumed."""
-        args = self.args
-        if saved and saved["divided"] == [args.batch_size, args.accumulation_steps]:
-            return saved["same"]["size of a step"]
-        return (1 if args.batch_tokens else args.batch_size) * args.accumulation_steps * self.processes.world
-
-    def same(self):
-        """What must not change between a run and its continuation."""
-        names = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "use_moe", "epochs", "learning_rate")
-        names += ("grad_clip", "warmup_iters", "seed", "freeze_llm", "val_fraction", "batch_tokens")
-        return {
-            **{f"--{name}": getattr(self.args, name) for name in names},
-            "size of a step": self.sampler.step_size,
-            "precision": str(self.dtype),
-            "checksum of the data": self.fingerprint,
-            "tokenizer": tokenizer_hash(self.tokenizer),
-            "CLIP": encoder_hash(self.encoder),
-        }
-
-    def state(self):
-        """All that `restore` needs. Random numbers need no state of their own: each step seeds them anew."""
-        return {
-            "format": FORMAT,
-            "same": self.same(),
-            "divided": [self.args.batch_size, self.args.accumulation_steps],
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "since": [self.sums, self.streak, self.skipped],
-            "wandb_id": self.wandb_id,
-            "problems": {reason: sorted(numbers) for reason, numbers in self.problems.by_reason.items()},
-            "history": json.dumps(self.history),
-            "config": self.model.config.to_json_string(),
-        }
-
-    def restore(self, saved):
-        """Continues where `saved` was written. BadInput lists what contradicts it."""
-        same = self.same()
-        odd = [
-            f"{name} is {same[name]}, was {value}" for name, value in saved["same"].items() if same.get(name) != value
-        ]
-        if odd:
-            raise BadInput(
-                f"{state_file(self.weights_file)} is of another run ({'; '.join(odd)}): resume with what it had, or start "
-                "anew without --resume"
-            )
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
-        sums, streak, self.skipped = saved["since"]
-        self.problems.merge([saved["problems"]])
-        self.sums, self.streak = sums.to(self.args.device), streak.to(self.args.device)
-        self.step, self.wandb_id = saved["step"], saved["wandb_id"]
-        if self.processes.first:
-            print(f"resuming after step {self.step} of {self.steps}", flush=True)
-
-    def save(self):
-        """Weights and resume state; what is there already stays until the new is whole. False if that failed."""
-        self.problems.merge(self.processes.gather(self.problems.by_reason))
-        if not self.processes.first:
-            return True
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
-            tell(f"the weights hold numbers that are not finite: {self.weights_file} is left as it was")
-            return False
-        names = ("data_path", "epochs", "batch_size", "batch_tokens", "accumulation_steps", "learning_rate")
-        names += ("freeze_llm", "seed")
-        stage = {"stage": self.stage, **{name: getattr(self.args, name) for name in names}, "steps": self.step}
-        training = [*self.history, {**stage, "processes": self.processes.world}]
-        notes = {"stage": self.stage, "step": self.step, "training": training}
-        try:
-            save_weights(self.weights_file, self.model, self.tokenizer, self.encoder, **notes)
-            write_atomically(state_file(self.weights_file), lambda f: torch.save(self.state(), f))
-        except OSError as error:
-            tell(f"could not save to {self.args.out_dir} ({error.strerror}): the last good files are kept")
-            return False
-        return True
-
-    # --- steps ---
-
     def train(self):
-        """Every epoch, until the end or until it is told to stop; saves every `save_interval` steps and where it ends."""
-        args, first = self.args, self.processes.first
-        log = Log(args, self.weights_file.stem, self.step, self.steps, self.wandb_id) if first else None
-        self.wandb_id = log.wandb_id if log else None
-        stop, saved, begun = Stop(quiet=not first), True, time.time()
-        self.parallel.train()
-        while self.step < self.steps:
-            epoch, done = divmod(self.step, self.sampler.steps)
-            self.sampler.begin(epoch, done)
-            for batches in chunked(self.loader, self.sampler.micro_batches):
-                stopping = self.advance(batches, stop)
-                last = self.step == self.steps
-                if self.step % args.log_interval == 0 or last:
-                    figures = self.figures(begun)
-                    begun = time.time()
+        """Trains to the last step, or until it is asked to stop. Saves every `save_interval` steps and at the end."""
+        is_main = self.processes.is_main
+        log = None
+        if is_main:
+            log = Log(self.args, self.weights_file.stem, self.step, self.total_steps, self.wandb_id)
+            self.wandb_id = log.wandb_id
+        stop = Stop(quiet=not is_main)
+        save_ok = True
+        started = time.time()  # of the steps that the next log line covers
+        self.wrapped_model.train()
+
+        while self.step < self.total_steps:
+            # a resumed run enters its epoch in the middle
+            epoch, steps_done = divmod(self.step, self.sampler.steps)
+            self.sampler.begin(epoch, steps_done)
+            for micro_batches in chunked(self.loader, self.sampler.micro_batches):
+                stopping = self.train_step(micro_batches, stop)
+                is_last = self.step == self.total_steps
+
+                # all processes take part in metrics and validation, as they all-reduce; only the main one logs
+                if self.step % self.log_interval == 0 or is_last:
+                    metrics = self.collect_metrics(started)
+                    started = time.time()
                     if log:
-                        log.write(self.step, figures)
-                if self.measures and (self.step % args.eval_interval == 0 or last):
-                    loss = self.validate()
+                        log.write(self.step, metrics)
+                if self.val_loader is not None and (self.step % self.eval_interval == 0 or is_last):
+                    val_loss = self.validate()
                     if log:
-                        log.write(self.step, {"val_loss": loss})
-                    begun = time.time()
-                if self.step % args.save_interval == 0 or last or stopping:
-                    saved = self.save()
+                        log.write(self.step, {"val_loss": val_loss})
+                    started = time.time()  # validation doesn't count as training time
+
+                # a failed save doesn't end the run, as a later one may succeed
+                if self.step % self.save_interval == 0 or is_last or stopping:
+                    save_ok = self.save()
                 if stopping:
                     break
             if stopping:
                 break
+
         if log:
             if self.problems.count:
                 print(self.problems)
             log.close({reason: len(numbers) for reason, numbers in self.problems.by_reason.items()})
-        self.processes.wait()
-        self.end(stop, saved)
+        self.processes.barrier()
+        self.finish(stop, save_ok)
 
-    def end(self, stop, saved):
-        """The last word: what was saved, and an exit code that tells whether the run came to its end."""
-        stop.end()
-        if not saved:
+    def finish(self, stop, save_ok):
+        """Reports what was saved. Exits with 128 + the signal if the run was stopped before its last step."""
+        stop.restore_handlers()
+        if not save_ok:
             raise BadInput(f"the last weights could not be saved: make room in {self.args.out_dir}, then --resume")
-        if self.processes.first:
+        if self.processes.is_main:
             print(f"saved {self.weights_file}" + (f" after step {self.step}" if stop.signal else ""), flush=True)
-        if self.step < self.steps:
-            if self.processes.first:
-                tell("stopped; the same command with --resume goes on from here")
+        if self.step < self.total_steps:
+            if self.processes.is_main:
+                tell("stopped; add --resume to the same command to continue")
             sys.exit(128 + (stop.signal or signal.SIGTERM))
 
-    def advance(self, batches, stop):
-        """One optimizer step over its micro-batches. True if some process was asked to stop.
+    # --- a step ---
 
-        The loss is summed over answers and divided by the number of answer tokens in all micro-batches of all processes,
-        so that how a global batch is divided changes nothing. A step whose gradient is not finite changes nothing, on all
-        processes alike, as all have the same gradient; nobody waits for the device to find out.
+    def train_step(self, micro_batches, stop):
+        """One optimizer step over its micro-batches. True if any process was asked to stop.
+
+        The loss is summed over answer tokens and divided by their global number in this step, so it does not depend on
+        how the step is split over micro-batches and processes.
         """
-        args = self.args
-        for batch in batches:
+        # count the records that could not be read; what is left in a batch are tensors
+        for batch in micro_batches:
             self.problems.take(batch)
-        torch.manual_seed(int(np.random.SeedSequence([args.seed, self.step, self.processes.rank]).generate_state(1)[0]))
-        rate = learning_rate_at(self.step, self.steps, args.learning_rate, args.warmup_iters)
+
+        # reseed, so that a resumed run draws the same dropout
+        seed = np.random.SeedSequence([self.seed, self.step, self.processes.rank]).generate_state(1)[0]
+        torch.manual_seed(int(seed))
+
+        # determine and set the learning rate for this step
+        learning_rate = learning_rate_at(self.step, self.total_steps, self.learning_rate, self.warmup_iters)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        answers = sum(int((batch["labels"] != -100).sum()) for batch in batches)
-        agreed = self.processes.sum(torch.tensor([answers, float(stop.signal is not None)], dtype=torch.float64))
-        answers, stopping = agreed.tolist()
-        total = torch.zeros((), device=args.device)
-        for i, batch in enumerate(batches):
-            waits = self.processes.world > 1 and i < len(batches) - 1  # gradients are exchanged with the last one
-            with self.parallel.no_sync() if waits else contextlib.nullcontext():
-                total = total + self.gradients(batch, answers)
+            group["lr"] = learning_rate
+
+        # agree on the global number of answer tokens, and on whether to stop; on the host, so without a device sync
+        answer_tokens = sum(int((batch["labels"] != -100).sum()) for batch in micro_batches)
+        agreed = torch.tensor([answer_tokens, float(stop.signal is not None)], dtype=torch.float64)
+        answer_tokens, stopping = self.processes.all_reduce(agreed).tolist()
+
+        # forward and backward; DDP all-reduces gradients with the last micro-batch only
+        loss = torch.zeros((), device=self.device)
+        for i, batch in enumerate(micro_batches):
+            is_last = i == len(micro_batches) - 1
+            skip_all_reduce = self.processes.world_size > 1 and not is_last
+            with self.wrapped_model.no_sync() if skip_all_reduce else contextlib.nullcontext():
+                loss = loss + self.forward_backward(batch, answer_tokens)
+
+        # a non-finite gradient is the same on all ranks: all skip the update, without a device sync
         self.scaler.unscale_(self.optimizer)
-        self.norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), args.grad_clip)
-        good = self.norm.isfinite()
-        self.update(good)
-        self.sums += torch.where(good, torch.stack([total.float(), torch.ones_like(total).float()]), 0.0)
-        row = (self.streak[0] + 1) * ~good
-        self.streak = torch.stack([row, torch.maximum(self.streak[1], row)])
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        is_finite = grad_norm.isfinite()
+        self.optimizer_step(is_finite)
+
+        # statistics stay on the device until the next log line
+        samples = sum(len(batch["input_ids"]) for batch in micro_batches) * self.processes.world_size
+        self.stats.add(loss=loss, grad_norm=grad_norm, is_finite=is_finite, samples=samples)
         self.step += 1
-        self.seen += sum(len(batch["input_ids"]) for batch in batches) * self.processes.world
         return bool(stopping)
 
-    def backward(self, batch, answers):
-        """Adds the gradients of one micro-batch; returns its loss."""
-        loss = self.loss(batch, answers)
-        # DistributedDataParallel averages gradients over processes; the loss is already a share of the whole
-        self.scaler.scale(loss * self.processes.world).backward()
+    def eager_forward_backward(self, batch, answer_tokens):
+        """Adds the gradients of one micro-batch to `.grad`; returns its loss (), detached."""
+        loss = self.compute_loss(batch, answer_tokens)
+        # DDP averages gradients over processes, but the loss is already this process's share of a global mean: undo it
+        self.scaler.scale(loss * self.processes.world_size).backward()
         return loss.detach()
 
-    def update(self, good):
-        """The optimizer's step, left out if `good` is false; with a scaler, that looks for itself."""
+    def compute_loss(self, batch, answer_tokens):
+        """Loss () of a micro-batch: the sum over its answer tokens, divided by the whole step's number of them."""
+        inputs = {}
+        for name, tensor in batch.items():
+            inputs[name] = None if tensor is None else tensor.to(self.device, non_blocking=True)
+
+        # features (N, P, V): from the cache, or from pixels (N, 3, S, S); None without pictures
+        features = inputs.get("image_features")
+        if features is None and inputs["pixel_values"] is not None:
+            features = self.encoder(inputs["pixel_values"])
+        if features is not None:
+            features = features.to(torch.float32)
+
+        # DDP's wrapper only while training: validation has no gradients to all-reduce
+        model = self.wrapped_model if self.wrapped_model.training else self.model
+        with torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype != torch.float32):
+            return model(
+                inputs["input_ids"],  # (B, T)
+                image_features=features,
+                labels=inputs["labels"],  # (B, T), -100 everywhere but on answers
+                label_positions=inputs["label_positions"],  # (L,)
+                num_items_in_batch=answer_tokens,
+            ).loss
+
+    def optimizer_step(self, is_finite):
+        """The optimizer's step, skipped if `is_finite`, a bool tensor (), is false. GradScaler makes its own check."""
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
         elif self.optimizer.defaults["fused"]:
-            self.optimizer.found_inf = (~good).float()  # what GradScaler tells fused optimizers, on the device
+            # the flag that GradScaler hands to fused optimizers; private API, no device sync
+            self.optimizer.found_inf = (~is_finite).float()
             self.optimizer.step()
-        elif good:
+        elif is_finite:  # a device sync, on MPS only
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=not self.few_shapes)
+        self.optimizer.zero_grad(set_to_none=not self.use_cuda_graphs)
 
-    def loss(self, batch, answers):
-        """One micro-batch's summed loss over `answers`, the answer tokens of the whole step."""
-        device = self.args.device
-        batch = {name: None if x is None else x.to(device, non_blocking=True) for name, x in batch.items()}
-        features = batch.get("image_features")
-        if features is not None:
-            features = features.to(torch.float32)
-        elif batch["pixel_values"] is not None:
-            features = self.encoder(batch["pixel_values"]).to(torch.float32)
-        model = self.parallel if self.parallel.training else self.model  # only gradients are to be exchanged
-        with torch.autocast(device.split(":")[0], self.dtype, enabled=self.dtype != torch.float32):
-            return model(
-                batch["input_ids"],
-                image_features=features,
-                labels=batch["labels"],
-                label_positions=batch["label_positions"],
-                num_items_in_batch=answers,
-            ).loss
+    # --- what is measured and saved ---
 
-    def figures(self, begun):
-        """What is logged of the steps since `begun`. BadInput after too many of them without a finite gradient."""
-        loss, counted = self.processes.sum(torch.stack([self.sums[0], self.sums[1] / self.processes.world])).tolist()
-        seconds = time.time() - begun  # now that they are done
-        steps = self.step % self.args.log_interval or self.args.log_interval
-        self.skipped += steps - round(counted)
-        if self.streak[1] >= PATIENCE:
+    def collect_metrics(self, started):
+        """Metrics of the steps since the last log line, made since `started`. BadInput if training diverges."""
+        stats = self.stats.collect(self.processes)
+        seconds = time.time() - started  # after the device sync in `collect`, so the steps are done
+        if stats["nonfinite_streak"] >= PATIENCE:
+            kept, start = "", "Start a new run with"
+            if self.weights_file.exists():
+                kept = f" {self.weights_file} still holds the last good weights."
+                start += f" --from_weights {self.weights_file} and"
             raise BadInput(
-                f"{PATIENCE} steps in a row had a gradient that is not finite; {self.weights_file} is as last saved: "
-                "--resume it with a lower --learning_rate or more --warmup_iters is another run, so start anew from it "
-                "with --from_weights; look at the data of these steps; with --dtype float16 try float32"
+                f"{PATIENCE} steps in a row had NaN or inf gradients.{kept} {start} a lower --learning_rate or more "
+                "--warmup_iters (--resume needs unchanged settings); check the data of these steps; if you use "
+                "--dtype float16, try float32"
             )
-        figures = {
-            "loss": loss / counted if counted else math.nan,
+        metrics = {
+            "loss": stats["loss"],
             "lr": self.optimizer.param_groups[0]["lr"],
-            "samples_per_s": self.seen / seconds,
-            "grad_norm": self.norm.item(),
+            "samples_per_s": stats["samples"] / seconds,
+            "grad_norm": stats["grad_norm"],
             "epoch": self.step / self.sampler.steps,
         }
-        self.sums, self.seen = torch.zeros_like(self.sums), 0
-        return {**figures, "skipped": self.skipped} if self.skipped else figures
+        if stats["skipped"]:
+            metrics["skipped"] = stats["skipped"]
+        return metrics
 
     @torch.no_grad()
     def validate(self):
-        """Mean loss over the answers that are held out."""
-        self.parallel.eval()
-        sums = torch.zeros(2, device=self.args.device)
-        for batch in self.held_out:
-            self.held_out.dataset.problems.take(batch)
-            sums[0] += self.loss(batch, 1)
+        """Mean loss over the answer tokens of the validation data."""
+        self.wrapped_model.eval()
+
+        # divided by 1, a batch's loss is a sum over tokens; so the mean doesn't depend on how samples are batched
+        sums = torch.zeros(2, device=self.device)  # [loss, answer tokens]
+        for batch in self.val_loader:
+            self.val_loader.dataset.problems.take(batch)
+            sums[0] += self.compute_loss(batch, answer_tokens=1)
             sums[1] += (batch["labels"] != -100).sum()
-        loss, answers = self.processes.sum(sums).tolist()
-        self.parallel.train()
-        return loss / answers
+
+        # a process may have had no batch at all, but all have the sums
+        loss, answer_tokens = self.processes.all_reduce(sums).tolist()
+        self.wrapped_model.train()
+        return loss / answer_tokens
+
+    def save(self):
+        """Saves weights and resume state, replacing the last ones only once complete. False if that failed."""
+        # each process has counted the bad records among its own samples
+        self.problems.merge(self.processes.all_gather(self.problems.by_reason))
+        if not self.processes.is_main:
+            return True
+
+        # never overwrite good weights by bad ones
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            tell(f"the weights contain NaN or inf: {self.weights_file} was not overwritten")
+            return False
+
+        # metadata: how the weights were made, stage by stage, for people and for the next stage
+        flags = ("data_path", "epochs", "batch_size", "batch_tokens", "accumulation_steps", "learning_rate")
+        flags += ("freeze_llm", "seed")
+        this_stage = {"stage": self.stage}
+        this_stage |= {name: getattr(self.args, name) for name in flags}
+        this_stage |= {"steps": self.step, "processes": self.processes.world_size}
+        metadata = {"stage": self.stage, "step": self.step, "training": [*self.history, this_stage]}
+
+        # weights first: if the state then fails, the older state recomputes the same steps
+        try:
+            save_weights(self.weights_file, self.model, self.tokenizer, self.encoder, **metadata)
+            save_state(state_file(self.weights_file), self)
+        except OSError as error:
+            tell(f"could not save to {self.args.out_dir} ({error.strerror}): the last good files are kept")
+            return False
+        return True

@@ -78,26 +78,26 @@ def ours(args, run):
     stop, parts = Stop(quiet=True), run.sampler.micro_batches
     batches = list(run.sampler)[args.warm_up * parts : (args.warm_up + args.steps) * parts]
     steps = chunked(iter(run.loader), parts)
-    run.parallel.train()
+    run.wrapped_model.train()
     run.sampler.begin(0)
     for _ in range(args.warm_up):
-        run.advance(next(steps), stop)
+        run.train_step(next(steps), stop)
     synchronize(args.device)
     begun = time.perf_counter()
     for _ in range(args.steps):
-        run.advance(next(steps), stop)
+        run.train_step(next(steps), stop)
     synchronize(args.device)
     seconds = time.perf_counter() - begun
-    laps, graphed = Laps(args.device), run.gradients
-    run.gradients = run.backward  # no captured graph, of which no part can be timed
+    laps, graphed = Laps(args.device), run.forward_backward
+    run.forward_backward = run.eager_forward_backward  # no captured graph, of which no part can be timed
     run.encoder = laps.wrap("clip", run.encoder)
-    run.loss = laps.wrap("forward", run.loss)
-    run.update = laps.wrap("optimizer", run.update)
-    next_step, advance = laps.wrap("data", next), laps.wrap("step", run.advance)
+    run.compute_loss = laps.wrap("forward", run.compute_loss)
+    run.optimizer_step = laps.wrap("optimizer", run.optimizer_step)
+    next_step, train_step = laps.wrap("data", next), laps.wrap("step", run.train_step)
     for _ in range(args.lap_steps):
-        advance(next_step(steps), stop)
-    stop.end()
-    run.gradients = graphed
+        train_step(next_step(steps), stop)
+    stop.restore_handlers()
+    run.forward_backward = graphed
     each = {name: spent / args.lap_steps for name, spent in laps.seconds.items()}
     each["forward"] -= each.get("clip", 0.0)  # which is a part of it
     each["backward"] = each.pop("step") - sum(each.values()) + each["data"]
@@ -214,16 +214,24 @@ def main():
         args.vision_path, args.tokenizer_path = str(folder / "clip"), str(folder / "tokenizer")
         args.data_path, args.images_path, args.out_dir = folder / "data.json", folder / "images", folder / "out"
         processes = Processes(args.device)
-        parts, dataset, _ = prepare(args, None, True, None, first=False)
-        model, encoder = parts.model, parts.encoder
+        parts, dataset, _ = prepare(args, None, True, None, is_main=False)
         (folder / "out").mkdir()
         if args.cache_features:
-            open_cache(args, dataset, encoder, processes)
-        run = Run(args, args.stage, processes, parts, dataset, None, folder / "out" / "weights.pth", None)
+            places = {"folder": folder / "out" / "features", "vision_path": args.vision_path}
+            cache = open_cache(dataset, parts.encoder, processes, **places, num_workers=args.num_workers)
+            dataset.use_features(cache)
+        run = Run(
+            args=args,
+            stage=args.stage,
+            processes=processes,
+            parts=parts,
+            dataset=dataset,
+            weights_file=folder / "out" / "weights.pth",
+        )
         result = measure(args, run, dataset, roofs(args.device, run.dtype))
         if args.baseline:
             batches = list(run.sampler)[: args.steps]
-            seconds = original(args, model, encoder, dataset, batches)
+            seconds = original(args, parts.model, parts.encoder, dataset, batches)
             result["baseline_samples_per_s"] = round(sum(map(len, batches)) / seconds, 2)
             result["ratio"] = round(result["samples_per_s"] / result["baseline_samples_per_s"], 2)
     print(json.dumps(result))

@@ -119,11 +119,18 @@ class Bench:
         """A trainer on a random model."""
         processes = Processes(args.device)
         if args.cache_features:
-            open_cache(args, dataset, encoder, processes)
+            places = {"folder": self.folder / "out" / "features", "vision_path": args.vision_path}
+            dataset.features = open_cache(dataset, encoder, processes, **places, num_workers=args.num_workers)
         torch.manual_seed(args.seed)
         model = MiniMindVLM(self.config(encoder, dim=args.dim, n_layers=args.n_layers, use_moe=args.use_moe, **config))
-        parts = Parts(model.to(args.device), encoder, self.tokenizer, {}, "")
-        return Run(args, args.stage, processes, parts, dataset, None, self.folder / "out" / "weights.pth", None)
+        return Run(
+            args=args,
+            stage=args.stage,
+            processes=processes,
+            parts=Parts(model.to(args.device), encoder, self.tokenizer, {}, ""),
+            dataset=dataset,
+            weights_file=self.folder / "out" / "weights.pth",
+        )
 
     def chat(self, dtype, **sizes):
         """A random model that answers. Its matrices are large enough for answers not to hang on rounding."""
@@ -207,7 +214,7 @@ def correctness(bench):
         args = bench.arguments(*flags, "--learning_rate=1e-3", "--num_workers=0", device=device)
         run = bench.run(args, reference if device == "cpu" else encoder, dataset, n_heads=4, n_kv_heads=2)
         if dtype == "no graphs":
-            run.gradients = run.backward
+            run.forward_backward = run.eager_forward_backward
         losses[device, dtype] = steps_of(run, 4 if bench.smoke else 20)
     expected = torch.tensor(losses["cpu", "float32"])
     for dtype, most in (("float32", 1e-3), ("no graphs", 1e-3), ("bfloat16", 3e-2), ("float16", 1e-2)):
@@ -244,29 +251,29 @@ def correctness(bench):
 def steps_of(run, count):
     """The losses of a run's first steps."""
     stop, losses, steps = Stop(quiet=True), [], chunked(iter(run.loader), run.sampler.micro_batches)
-    run.parallel.train()
+    run.wrapped_model.train()
     for _ in range(count):
-        before = run.sums[0].clone()
-        run.advance(next(steps), stop)
-        losses.append((run.sums[0] - before).item())
-    stop.end()
+        before = run.stats.loss_stats[0].clone()
+        run.train_step(next(steps), stop)
+        losses.append((run.stats.loss_stats[0] - before).item())
+    stop.restore_handlers()
     return losses
 
 
 def check_for_waiting(run):
     """RuntimeError if a step, kernel by kernel or as a captured graph, makes the host wait for the GPU."""
     stop, batches = Stop(quiet=True), next(chunked(iter(run.loader), run.sampler.micro_batches))
-    run.parallel.train()
-    for gradients in (run.backward, run.gradients):
-        run.gradients = gradients
+    run.wrapped_model.train()
+    for forward_backward in (run.eager_forward_backward, run.forward_backward):
+        run.forward_backward = forward_backward
         for i in range(4):
             if i == 3:  # the ones before set up what is used later, and capture
                 torch.cuda.set_sync_debug_mode("error")
             try:
-                run.advance([dict(batch) for batch in batches], stop)
+                run.train_step([dict(batch) for batch in batches], stop)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-    stop.end()
+    stop.restore_handlers()
 
 
 def greedy(decoder, input_ids, features, count):
@@ -324,7 +331,7 @@ def one_run(bench, encoder, dataset, roof, stage, size, batch_size, flags):
     begun = time.perf_counter()
     run = bench.run(args, encoder, dataset)
     if NO_GRAPHS in flags:
-        run.gradients = run.backward
+        run.forward_backward = run.eager_forward_backward
     figures = measure(args, run, dataset, roof)
     dataset.use_features(None)
     if batch_size == 16 and size == next(iter(bench.sizes)) and not flags:
@@ -332,7 +339,7 @@ def one_run(bench, encoder, dataset, roof, stage, size, batch_size, flags):
         reference = bench.encoder()  # the original's CLIP was in float32
         seconds = original(args, run.model, reference, dataset, batches)
         figures["baseline_samples_per_s"] = round(sum(map(len, batches)) / seconds, 2)
-    figures["graphs"] = len(getattr(run.gradients, "graphs", ()))
+    figures["graphs"] = len(getattr(run.forward_backward, "graphs", ()))
     run.__dict__.clear()  # ends its workers at once; in a cycle of references each of them would take 5 s
     bench.tidy()
     return {**figures, "seconds_of_all": round(time.perf_counter() - begun, 1)}
