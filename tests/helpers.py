@@ -56,7 +56,7 @@ def golden(name):
 QUIET = {"CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "offline"}
 
 
-def run(*command, cwd=ROOT, **environment):
+def run(*command, cwd=ROOT, timeout=600, **environment):
     """Runs a program in a process of its own, as a person would: (exit code, stdout, stderr)."""
     result = subprocess.run(
         [str(part) for part in command],
@@ -64,17 +64,17 @@ def run(*command, cwd=ROOT, **environment):
         cwd=cwd,
         capture_output=True,
         encoding="utf-8",
-        timeout=600,
+        timeout=timeout,
         env={**os.environ, **QUIET, **environment},
     )
     return result.returncode, result.stdout, result.stderr
 
 
-def run_python(script, *arguments, fresh=False, cwd=ROOT, **environment):
+def run_python(script, *arguments, fresh=False, cwd=ROOT, timeout=600, **environment):
     """Runs a script of the repository; if `fresh`, in a Python that starts from nothing, which takes 4 s more."""
     if fresh or not THERE:
-        return run(sys.executable, script, *arguments, cwd=cwd, **environment)
-    return run_warm([str(part) for part in (script, *arguments)], cwd, {**QUIET, **environment})
+        return run(sys.executable, script, *arguments, cwd=cwd, timeout=timeout, **environment)
+    return run_warm([str(part) for part in (script, *arguments)], cwd, {**QUIET, **environment}, timeout)
 
 
 def heed_interrupts():
@@ -186,8 +186,8 @@ class Place:
     def data(self, name):
         return ["--data_path", self.world / name, "--images_path", self.world / "images"]
 
-    def pretrain(self, *more, **environment):
-        return run_python(PRETRAIN, *self.training, *self.data("pretrain.json"), *more, **environment)
+    def pretrain(self, *more, **options):
+        return run_python(PRETRAIN, *self.training, *self.data("pretrain.json"), *more, **options)
 
     def sft(self, name, *more):
         return run_python(SFT, *self.training, *self.data(name), *more)
@@ -254,11 +254,11 @@ def until(process, step):
     raise AssertionError(f"ended before step {step}: {seen}")
 
 
-def attempt(place, *flags, **more):
-    """Stage 1 from its beginning to its end: its exit code and all it printed. `more` is for `begin`."""
-    if any(more.values()):
-        return finish(begin(place, *flags, **more))
-    code, out, err = place.pretrain(*SETTINGS, *flags)
+def attempt(place, *flags, launcher=(), limit=None, env=None):
+    """Stage 1 from its beginning to its end: its exit code and all it printed."""
+    if launcher or limit:
+        return finish(begin(place, *flags, launcher=launcher, limit=limit, env=env))
+    code, out, err = place.pretrain(*SETTINGS, *flags, **(env or {}))
     return code, out + err
 
 

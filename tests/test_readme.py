@@ -1,7 +1,9 @@
 """What the READMEs say: their commands run in order as they stand, what they name is there, both languages agree."""
 
+import contextlib
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -109,27 +111,41 @@ def run(place, command):
     return result.stdout
 
 
+PORT = "7788"  # the README's
+
+
+def free_port():
+    """The README's port, or another one where something else listens there."""
+    for port in (int(PORT), 0):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)) as free:
+            return str(free.getsockname()[1])
+
+
 class Server:
     """A `python web_server.py` line of the README: it stays until the next one, or until the end."""
 
     process = None
 
+    def __init__(self):
+        self.port = free_port()
+
     def start(self, place, command):
         self.stop()
+        port = "" if self.port == PORT else f" --port {self.port}"
         self.process = subprocess.Popen(
-            ["bash", "-c", f"exec {command}"],
+            ["bash", "-c", f"exec {command}{port}"],
             cwd=place,
             env=environment(place),
             preexec_fn=heed_interrupts,  # noqa: PLW1509
         )
-        for _ in range(120):
+        for _ in range(1000):
             assert self.process.poll() is None, f"{command} ended"
             try:
-                urllib.request.urlopen("http://127.0.0.1:7788/training/runs", timeout=5)
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/training/runs", timeout=5)
                 return
             except OSError:
                 time.sleep(0.5)
-        pytest.fail(f"{command}: nothing at http://127.0.0.1:7788")
+        pytest.fail(f"{command}: nothing at http://127.0.0.1:{self.port}")
 
     def stop(self):
         if self.process:
@@ -147,7 +163,7 @@ def server():
 @pytest.mark.slow
 def test_every_command_runs_in_order(clone, server):
     printed = {}
-    for language, block in blocks(READMES["README.md"]):
+    for language, block in blocks(READMES["README.md"].replace(f"127.0.0.1:{PORT}", f"127.0.0.1:{server.port}")):
         if language == "python" and "QUESTIONS[" in block:  # the text says where it belongs
             source = clone / "dataset" / "demo.py"
             before, line, after = source.read_text(encoding="utf-8").partition("def question(scene, rng, kind):")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    SETTINGS,
     TORCHRUN,
     attempt,
     begin,
@@ -84,34 +85,40 @@ def test_a_second_interrupt_ends_at_once():
 def test_kill_9_at_any_moment(place, undisturbed):
     """Also while it loads or saves; the benchmark does thirty rounds of this."""
     rng = random.Random(0)
-    for _ in range(4):
-        process = begin(place, "--resume", "--save_interval", 1)
-        try:
-            finish_within = rng.uniform(4, 9)
-            process.wait(finish_within)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    for _ in range(6):
+        with contextlib.suppress(subprocess.TimeoutExpired):  # by which it was killed
+            place.pretrain(*SETTINGS, "--resume", "--save_interval", 1, timeout=rng.uniform(0.2, 1.5))
     run_whole(place, "--resume", "--save_interval", 1)
     assert (losses(place), digest(place)) == undisturbed
 
 
-def test_another_number_of_processes_goes_on_at_the_same_sample(place, undisturbed):
-    process = begin(place)
-    until(process, 7)
-    process.send_signal(signal.SIGTERM)
-    finish(process)
-    stopped = max(losses(place))
-    run_whole(place, "--resume", launcher=[*TORCHRUN, "--nproc_per_node", 2])
-    assert sorted(losses(place)) == list(range(1, 19)) and stopped < 18
-    assert losses(place) == pytest.approx(undisturbed[0], abs=1e-5)
-
-
-def test_what_contradicts_is_listed(place):
+@pytest.fixture(scope="module")
+def left_behind(tmp_path_factory, world, tokenizer):
+    """What a run leaves that was stopped in the middle."""
+    place = make_place(tmp_path_factory.mktemp("stopped"), world, tokenizer)
     process = begin(place)
     until(process, 4)
     process.send_signal(signal.SIGTERM)
     finish(process)
+    return place.out
+
+
+@pytest.fixture
+def stopped(place, left_behind):
+    """A place in which that run can be resumed."""
+    shutil.copytree(left_behind, place.out, dirs_exist_ok=True)
+    return place
+
+
+def test_another_number_of_processes_goes_on_at_the_same_sample(stopped, undisturbed):
+    place, before = stopped, max(losses(stopped))
+    run_whole(place, "--resume", launcher=[*TORCHRUN, "--nproc_per_node", 2])
+    assert sorted(losses(place)) == list(range(1, 19)) and before < 18
+    assert losses(place) == pytest.approx(undisturbed[0], abs=1e-5)
+
+
+def test_what_contradicts_is_listed(stopped):
+    place = stopped
     before = digest(place)
     code, text = attempt(place, "--resume", "--learning_rate", 1e-4, "--seed", 7, "--batch_size", 4)
     assert code == 1 and "Traceback" not in text

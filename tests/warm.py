@@ -18,7 +18,7 @@ if THERE:
 
 
 def run_warm(command, cwd, environment, timeout=600):
-    """What `python COMMAND...` does: (exit code, stdout, stderr)."""
+    """What `python COMMAND...` does: (exit code, stdout, stderr). Killed after so many seconds, as subprocess.run does."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / name for name in ("stdout", "stderr")]
         process = CONTEXT.Process(target=become, args=(command, cwd, environment, outputs))
@@ -26,6 +26,7 @@ def run_warm(command, cwd, environment, timeout=600):
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
+            process.join()
             raise subprocess.TimeoutExpired(command, timeout)
         return process.exitcode, *(output.read_text(encoding="utf-8") for output in outputs)
 
