@@ -5,12 +5,15 @@ import shutil
 
 import pytest
 import torch
-from helpers import FLAGS, ROOT, Place, save_llm, save_random_vlm
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from helpers import FLAGS, ROOT, make_place, save_clip, save_random_vlm
 
 from dataset import demo
 from model.chat import Chat
 from model.checkpoint import load_tokenizer
+
+# more threads make such small models no faster, and only take time from the tests beside
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
 @pytest.fixture(scope="session")
@@ -28,12 +31,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def tiny_clip(tmp_path):
-    """A folder with a random CLIP vision model: 64 pixels, patch 32, so 5 tokens an image, width 48."""
-    config = CLIPVisionConfig(
-        hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=64, patch_size=32
-    )
-    CLIPVisionModel(config).save_pretrained(tmp_path / "tiny_clip")
-    return tmp_path / "tiny_clip"
+    return save_clip(tmp_path / "tiny_clip")
 
 
 @pytest.fixture
@@ -67,10 +65,8 @@ def browser():
 
 
 @pytest.fixture
-def place(tmp_path, world, tiny_clip, tokenizer):
-    place = Place(tmp_path, world, tiny_clip)
-    save_llm(place, tokenizer)
-    return place
+def place(tmp_path, world, tokenizer):
+    return make_place(tmp_path, world, tokenizer)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from helpers import TORCHRUN, begin, digest, finish, log_lines, losses, run_python, run_whole, until
+from helpers import TORCHRUN, attempt, begin, digest, log_lines, losses, make_place, run_python, run_whole, until
 from PIL import Image
 
 from dataset.dataset import VLMDataset, collate
@@ -229,59 +229,67 @@ def test_records_come_whole_out_of_a_file_read_in_parts(tmp_path, monkeypatch):
 # --- in a training --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def spoilt(place, tmp_path):
+def spoil(place, folder):
     """The same place with a data file of its own, in which 1 of 47 records has no answer and 2 have a bad picture."""
     records = json.loads((place.world / "pretrain.json").read_text(encoding="utf-8"))
-    shutil.copytree(place.world / "images", tmp_path / "images")
+    shutil.copytree(place.world / "images", folder / "images")
     records.pop()  # so that the good ones can be dealt to two processes
     records[10]["conversations"].pop()
     records[20]["image"] = "nowhere.jpg"
-    (tmp_path / "images" / records[30]["image"]).write_bytes(b"")
-    place.world = tmp_path
-    (tmp_path / "pretrain.json").write_text(json.dumps(records), encoding="utf-8")
+    (folder / "images" / records[30]["image"]).write_bytes(b"")
+    place.world = folder
+    (folder / "pretrain.json").write_text(json.dumps(records), encoding="utf-8")
     return place
+
+
+@pytest.fixture
+def spoilt(place, tmp_path):
+    return spoil(place, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, world, tokenizer):
+    """A spoilt place in which a training has gone on to its end; what it printed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    place = spoil(make_place(folder, world, tokenizer), folder)
+    return place, run_whole(place, *ALLOWED)
 
 
 COUNTED = {"unpaired turns": 1, "picture missing": 1, "picture unreadable": 1}
 ALLOWED = ["--max_bad_fraction", 0.1]
 
 
-def test_training_continues_and_counts(spoilt):
-    text = run_whole(spoilt, *ALLOWED)
-    assert len(losses(spoilt)) == 18  # 46 of 47 records, in batches of 8, 3 epochs
+def test_training_continues_and_counts(undisturbed):
+    place, text = undisturbed
+    assert len(losses(place)) == 18  # 46 of 47 records, in batches of 8, 3 epochs
     assert text.count("skipping this record, and others like it: ") == 3  # once each, not once an epoch
     for says in ("record 10: user and assistant", "nowhere.jpg could not be read", "picture (cannot identify"):
         assert says in text
     assert "3 records skipped (1 unpaired turns, 1 picture " in text
-    assert log_lines(spoilt)[-1]["left_out"] == COUNTED
+    assert log_lines(place)[-1]["left_out"] == COUNTED
 
 
-def test_in_workers_processes_and_from_a_cache_it_counts_the_same(spoilt):
-    run_whole(spoilt, *ALLOWED)
-    alone = losses(spoilt)
+def test_in_workers_processes_and_from_a_cache_it_counts_the_same(spoilt, undisturbed):
+    alone = losses(undisturbed[0])
     for flags, launcher in (
         (["--num_workers", 2], ()),
         (["--batch_size", 4], [*TORCHRUN, "--nproc_per_node", 2]),
         (["--cache_features"], ()),
     ):
-        (spoilt.out / "64_vlm_pretrain.jsonl").unlink()
+        (spoilt.out / "64_vlm_pretrain.jsonl").unlink(missing_ok=True)
         text = run_whole(spoilt, *ALLOWED, *flags, launcher=launcher)
         assert log_lines(spoilt)[-1]["left_out"] == COUNTED, text
         assert losses(spoilt) == pytest.approx(alone, abs=1e-3 if "--cache_features" in flags else 1e-5)
 
 
-def test_resumed_among_bad_records_it_is_as_if_nothing_had_happened(spoilt):
-    run_whole(spoilt, *ALLOWED)
-    undisturbed = losses(spoilt), digest(spoilt)
-    for file in spoilt.out.glob("64_vlm_pretrain*"):
-        file.unlink()
+def test_resumed_among_bad_records_it_is_as_if_nothing_had_happened(spoilt, undisturbed):
+    place, _ = undisturbed
     process = begin(spoilt, *ALLOWED)
     until(process, 11)
     process.kill()
     process.wait()
     run_whole(spoilt, *ALLOWED, "--resume")
-    assert (losses(spoilt), digest(spoilt)) == undisturbed
+    assert (losses(spoilt), digest(spoilt)) == (losses(place), digest(place))
     assert log_lines(spoilt)[-1]["left_out"] == COUNTED
 
 
@@ -293,7 +301,7 @@ def test_resumed_among_bad_records_it_is_as_if_nothing_had_happened(spoilt):
     ],
 )
 def test_too_much_is_too_much(spoilt, flags, says):
-    code, text = finish(begin(spoilt, *flags))
+    code, text = attempt(spoilt, *flags)
     assert code == 1 and f"error: {says}" in text.replace(f"{spoilt.world}/pretrain.json, ", "")
     assert "Traceback" not in text
 

@@ -80,12 +80,13 @@ def test_parity_in_both_directions(size, tmp_path):
     tokens, features = asked()
     with torch.no_grad():
         ours = model.eval()(tokens, features).logits
-    torch.testing.assert_close(ours, forward(torch.load(path), tokens, features, 16, 8).float(), atol=1e-4, rtol=0)
+    published = torch.load(path)
+    torch.testing.assert_close(ours, forward(published, tokens, features, 16, 8).float(), atol=1e-4, rtol=0)
 
+    # what is saved has the same names and numbers, so that it answers there in the same way
     save_weights(tmp_path / "ours.pth", model, Published())
     state = torch.load(tmp_path / "ours.pth", weights_only=True)
-    assert {name: t.shape for name, t in state.items()} == {name: t.shape for name, t in torch.load(path).items()}
-    torch.testing.assert_close(ours, forward(state, tokens, features, 16, 8).float(), atol=1e-4, rtol=0)
+    assert state.keys() == published.keys() and all(torch.equal(state[name], published[name]) for name in state)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

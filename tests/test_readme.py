@@ -1,7 +1,9 @@
 """What the READMEs say: their commands run in order as they stand, what they name is there, both languages agree."""
 
+import contextlib
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, heed_interrupts
+from transformers import CLIPVisionConfig
 
 from dataset import demo
 from model.checkpoint import load_tokenizer, save_weights
@@ -32,6 +35,8 @@ NOT_RUN = {
     "torchrun --nnodes 2": "needs two machines; test_resume.py runs two on one",
 }
 SMALL_WORLD = "python -m dataset.demo --pictures 100 --pairs 10 --clips 10"
+# what is drawn where the README draws the whole world, which takes longer to draw, to learn and to be asked about
+TINY_WORLD = "python -c 'from dataset import demo; demo.build(demo.FOLDER, pictures=24, pairs=4, clips=4, held_out=12)'"
 # what people put there or programs make
 MADE = ("out/", "dataset/pretrain_", "dataset/sft_", "model/clip_model/clip-", "../minimind-v1", "curves.png")
 
@@ -64,7 +69,7 @@ def clone(tmp_path_factory):
     for name in filter(None, files.split("\0")):
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, place / name)
-    make_files(made, 16)
+    make_files(made, 16, clip=CLIPVisionConfig(num_hidden_layers=2))
     shutil.move(made / "clip", place / "model" / "clip_model" / "clip-vit-base-patch32")
     shutil.copytree(made / "tokenizer", place / "model" / "minimind_tokenizer", dirs_exist_ok=True)
     for stage in ("pretrain", "sft", "sft_multi"):
@@ -75,7 +80,7 @@ def clone(tmp_path_factory):
     save_weights(place / "out" / "512_llm.pth", MiniMindLM(config), tokenizer)
     save_weights(made / "512_vlm_sft.pth", MiniMindVLM(config), tokenizer)
     run(place, f"{sys.executable} -m model.export {made}/512_vlm_sft.pth minimind-v-v1-small")
-    run(place, SMALL_WORLD)
+    run(place, TINY_WORLD)
     return place
 
 
@@ -86,6 +91,7 @@ def environment(place):
         "CUDA_VISIBLE_DEVICES": "",
         "WANDB_MODE": "offline",
         "PYTHONIOENCODING": "utf-8",
+        "OMP_NUM_THREADS": "1",
     }
 
 
@@ -106,27 +112,41 @@ def run(place, command):
     return result.stdout
 
 
+PORT = "7788"  # the README's
+
+
+def free_port():
+    """The README's port, or another one where something else listens there."""
+    for port in (int(PORT), 0):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)) as free:
+            return str(free.getsockname()[1])
+
+
 class Server:
     """A `python web_server.py` line of the README: it stays until the next one, or until the end."""
 
     process = None
 
+    def __init__(self):
+        self.port = free_port()
+
     def start(self, place, command):
         self.stop()
+        port = "" if self.port == PORT else f" --port {self.port}"
         self.process = subprocess.Popen(
-            ["bash", "-c", f"exec {command}"],
+            ["bash", "-c", f"exec {command}{port}"],
             cwd=place,
             env=environment(place),
             preexec_fn=heed_interrupts,  # noqa: PLW1509
         )
-        for _ in range(120):
+        for _ in range(1000):
             assert self.process.poll() is None, f"{command} ended"
             try:
-                urllib.request.urlopen("http://127.0.0.1:7788/training/runs", timeout=5)
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/training/runs", timeout=5)
                 return
             except OSError:
                 time.sleep(0.5)
-        pytest.fail(f"{command}: nothing at http://127.0.0.1:7788")
+        pytest.fail(f"{command}: nothing at http://127.0.0.1:{self.port}")
 
     def stop(self):
         if self.process:
@@ -144,7 +164,7 @@ def server():
 @pytest.mark.slow
 def test_every_command_runs_in_order(clone, server):
     printed = {}
-    for language, block in blocks(READMES["README.md"]):
+    for language, block in blocks(READMES["README.md"].replace(f"127.0.0.1:{PORT}", f"127.0.0.1:{server.port}")):
         if language == "python" and "QUESTIONS[" in block:  # the text says where it belongs
             source = clone / "dataset" / "demo.py"
             before, line, after = source.read_text(encoding="utf-8").partition("def question(scene, rng, kind):")
@@ -159,8 +179,8 @@ def test_every_command_runs_in_order(clone, server):
             for command in commands(block):
                 if command.startswith("python web_server.py"):
                     server.start(clone, command)
-                else:  # the whole world takes longer to draw and to learn
-                    printed[command] = run(clone, SMALL_WORLD if command == "python -m dataset.demo" else command)
+                else:
+                    printed[command] = run(clone, TINY_WORLD if command == "python -m dataset.demo" else command)
     table = printed["python 3-eval_chat.py --demo --all"]
     assert {*demo.QUESTIONS, "side", "all"} <= set(re.findall(r"^(\w+) +\d+ +[\d.]+% +[\d.]+%$", table, re.MULTILINE))
     assert "ready: 3-eval_chat.py" in printed["python -m model.doctor"]

@@ -13,7 +13,20 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import TORCHRUN, begin, digest, finish, log_lines, losses, run_python, run_whole, until
+from helpers import (
+    SETTINGS,
+    TORCHRUN,
+    attempt,
+    begin,
+    digest,
+    finish,
+    log_lines,
+    losses,
+    make_place,
+    run_python,
+    run_whole,
+    until,
+)
 
 from model.checkpoint import read_metadata, read_weights
 from model.errors import BadInput
@@ -26,14 +39,13 @@ def clear(place):
         file.unlink()
 
 
-@pytest.fixture
-def undisturbed(place):
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, world, tokenizer):
     """The losses and the final weights of a run that nothing happens to."""
+    place = make_place(tmp_path_factory.mktemp("undisturbed"), world, tokenizer)
     run_whole(place)
-    result = losses(place), digest(place)
-    clear(place)
-    assert sorted(result[0]) == list(range(1, 19))
-    return result
+    assert sorted(losses(place)) == list(range(1, 19))
+    return losses(place), digest(place)
 
 
 def test_killed_and_resumed_is_as_if_nothing_had_happened(place, undisturbed):
@@ -70,6 +82,7 @@ def test_a_second_interrupt_ends_at_once():
         "import os, signal, time; from model.training.distributed import Stop; Stop(quiet=False)\n"
         "for _ in range(2):\n    os.kill(os.getpid(), signal.SIGINT); time.sleep(1.2)\n"
         "print('still here')",
+        fresh=True,
     )
     assert code == 130 and "stopping after this step (Ctrl-C again: at once)" in err
 
@@ -77,36 +90,42 @@ def test_a_second_interrupt_ends_at_once():
 def test_kill_9_at_any_moment(place, undisturbed):
     """Also while it loads or saves; the benchmark does thirty rounds of this."""
     rng = random.Random(0)
-    for _ in range(4):
-        process = begin(place, "--resume", "--save_interval", 1)
-        try:
-            finish_within = rng.uniform(4, 9)
-            process.wait(finish_within)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    for _ in range(6):
+        with contextlib.suppress(subprocess.TimeoutExpired):  # by which it was killed
+            place.pretrain(*SETTINGS, "--resume", "--save_interval", 1, timeout=rng.uniform(0.2, 1.5))
     run_whole(place, "--resume", "--save_interval", 1)
     assert (losses(place), digest(place)) == undisturbed
 
 
-def test_another_number_of_processes_goes_on_at_the_same_sample(place, undisturbed):
-    process = begin(place)
-    until(process, 7)
-    process.send_signal(signal.SIGTERM)
-    finish(process)
-    stopped = max(losses(place))
-    run_whole(place, "--resume", launcher=[*TORCHRUN, "--nproc_per_node", 2])
-    assert sorted(losses(place)) == list(range(1, 19)) and stopped < 18
-    assert losses(place) == pytest.approx(undisturbed[0], abs=1e-5)
-
-
-def test_what_contradicts_is_listed(place):
+@pytest.fixture(scope="module")
+def left_behind(tmp_path_factory, world, tokenizer):
+    """What a run leaves that was stopped in the middle."""
+    place = make_place(tmp_path_factory.mktemp("stopped"), world, tokenizer)
     process = begin(place)
     until(process, 4)
     process.send_signal(signal.SIGTERM)
     finish(process)
+    return place.out
+
+
+@pytest.fixture
+def stopped(place, left_behind):
+    """A place in which that run can be resumed."""
+    shutil.copytree(left_behind, place.out, dirs_exist_ok=True)
+    return place
+
+
+def test_another_number_of_processes_goes_on_at_the_same_sample(stopped, undisturbed):
+    place, before = stopped, max(losses(stopped))
+    run_whole(place, "--resume", launcher=[*TORCHRUN, "--nproc_per_node", 2])
+    assert sorted(losses(place)) == list(range(1, 19)) and before < 18
+    assert losses(place) == pytest.approx(undisturbed[0], abs=1e-5)
+
+
+def test_what_contradicts_is_listed(stopped):
+    place = stopped
     before = digest(place)
-    code, text = finish(begin(place, "--resume", "--learning_rate", 1e-4, "--seed", 7, "--batch_size", 4))
+    code, text = attempt(place, "--resume", "--learning_rate", 1e-4, "--seed", 7, "--batch_size", 4)
     assert code == 1 and "Traceback" not in text
     assert "_resume.pth belongs to a different run (" in text and "use its settings, or start over without" in text
     for odd in ("--learning_rate is 0.0001, was 0.001", "--seed is 7, was 1337", "global batch size is 4, was 8"):
@@ -120,10 +139,10 @@ def test_what_contradicts_is_listed(place):
         torch.save(other, file)
         with pytest.raises(BadInput, match=f"{file} was written by another version of MiniMind-V: resume with that"):
             read_state(file)
-    code, text = finish(begin(place, "--resume"))
+    code, text = attempt(place, "--resume")
     assert code == 1 and "was written by another version" in text and "Traceback" not in text
     file.write_bytes(b"x" * 100)
-    code, text = finish(begin(place, "--resume"))
+    code, text = attempt(place, "--resume")
     assert code == 1 and "is truncated or corrupt: start over without --resume" in text
 
 
@@ -147,7 +166,7 @@ def test_torchrun_told_to_end_saves(place, undisturbed, workers):
     code, text = finish(process)
     assert code != 0 and "add --resume to the same command to continue" in text, text
     stopped = max(losses(place))
-    text = run_whole(place, "--batch_size", 4, "--resume", launcher=launcher)
+    text = run_whole(place, "--resume")
     assert f"resuming after step {stopped} of 18" in text and losses(place) == pytest.approx(undisturbed[0], abs=1e-5)
 
 
@@ -196,7 +215,7 @@ def children(process):
 
 def test_a_process_that_dies_ends_the_job_with_its_own_error(place):
     flags = ["--batch_size", 4, "--data_path", place.out / "nowhere.json"]
-    code, text = finish(begin(place, *flags, launcher=[*TORCHRUN, "--nproc_per_node", 2]))
+    code, text = attempt(place, *flags, launcher=[*TORCHRUN, "--nproc_per_node", 2])
     assert code == 1 and "nowhere.json not found" in text
 
 
@@ -256,7 +275,7 @@ def test_a_feature_cache_that_was_cut_off_goes_on_where_it_was(place, tmp_path):
 def test_bad_numbers_without_end_stop_the_run(place):
     run_whole(place)
     before = digest(place)
-    code, text = finish(begin(place, "--learning_rate", 1e30, "--epochs", 10, "--save_interval", 100))
+    code, text = attempt(place, "--learning_rate", 1e30, "--epochs", 10, "--save_interval", 100)
     assert code == 1 and "20 steps in a row had NaN or inf gradients" in text and "Traceback" not in text
     assert digest(place) == before
 
@@ -264,20 +283,20 @@ def test_bad_numbers_without_end_stop_the_run(place):
 def test_a_full_disk_is_told_and_costs_nothing_that_was_saved(place):
     run_whole(place)
     before = {file.name: file.read_bytes() for file in place.out.glob("64_vlm*.pth")}
-    code, text = finish(begin(place, "--epochs", 1, limit=200_000))
+    code, text = attempt(place, "--epochs", 1, limit=200_000)
     assert code == 1 and "Traceback" not in text
     assert "could not save to" in text and "the last good files are kept" in text
     assert "the last weights could not be saved: make room in" in text
     assert {file.name: file.read_bytes() for file in place.out.glob("64_vlm*.pth")} == before
     assert not list(place.out.glob("*.tmp"))
-    code, text = finish(begin(place, "--cache_features", limit=20_000))
+    code, text = attempt(place, "--cache_features", limit=20_000)
     assert code == 1 and "Traceback" not in text
     assert "could not be written (File too large): it takes 0.0 GB; make room, name another --out_dir, or" in text
 
 
 @pytest.mark.parametrize("out", ["/proc/minimind", "/sys/kernel"])
 def test_where_nothing_can_be_written_it_is_said_before_any_work(place, out):
-    code, text = finish(begin(place, "--from_weights", place.out / "64_llm.pth", "--out_dir", out))
+    code, text = attempt(place, "--from_weights", place.out / "64_llm.pth", "--out_dir", out)
     assert code == 1 and "Traceback" not in text and "step 1/" not in text
     assert out in text and "could not be" in text and "name another --out_dir" in text
 
@@ -301,7 +320,7 @@ def test_a_run_without_a_step_is_refused(place):
         (["--epochs", 0], "0 epochs of 48 samples, and a step takes 8 samples"),
         (["--batch_tokens", 1024, "--accumulation_steps", 99], "3 epochs of 48 samples, and a step takes 99 batches"),
     ):
-        code, text = finish(begin(place, *flags))
+        code, text = attempt(place, *flags)
         assert code == 1 and f"there is nothing to do: {why}" in text
         assert "Traceback" not in text and not (place.out / "64_vlm_pretrain.pth").exists()
 

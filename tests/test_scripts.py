@@ -6,11 +6,10 @@ import os
 import random
 import re
 import shutil
-import sys
 
 import pytest
 import torch
-from helpers import CHAT, PRETRAIN, ROOT, SFT, Place, run, run_python, save_llm
+from helpers import CHAT, PRETRAIN, ROOT, SFT, TORCHRUN, Place, run_python, save_llm
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -142,18 +141,18 @@ def test_experts_train_in_both_precisions(place, tokenizer):
 def test_losses_do_not_depend_on_how_a_batch_is_divided(place, tokenizer):
     """The same global batches of 8 samples: one process, two processes of 4, four accumulation steps of 2; by tokens, too."""
     save_llm(place, tokenizer)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2]
+    torchrun = [*TORCHRUN, "--nproc_per_node", 2]
     losses = {}
-    for name, command, flags in (
-        ("one process", [sys.executable], []),
+    for name, launcher, flags in (
+        ("one process", [], []),
         ("two processes", torchrun, ["--batch_size", 4]),
-        ("accumulation", [sys.executable], ["--batch_size", 2, "--accumulation_steps", 4]),
-        ("tokens", [sys.executable], ["--batch_tokens", 512, "--accumulation_steps", 2]),
+        ("accumulation", [], ["--batch_size", 2, "--accumulation_steps", 4]),
+        ("tokens", [], ["--batch_tokens", 512, "--accumulation_steps", 2]),
         ("tokens, two processes", torchrun, ["--batch_tokens", 512]),
     ):
         (place.out / "64_vlm_pretrain.jsonl").unlink(missing_ok=True)
         flags += ["--epochs", 4, "--learning_rate", 1e-3, *place.data("pretrain.json")]
-        code, _, err = run(*command, PRETRAIN, *place.training, *flags, OMP_NUM_THREADS="1")
+        code, _, err = run_python(*launcher, PRETRAIN, *place.training, *flags, fresh=bool(launcher))
         assert code == 0, err
         losses[name] = [line["loss"] for line in place.log("64_vlm_pretrain")]
     assert len(losses["one process"]) == 24

@@ -131,7 +131,7 @@ def test_what_cannot_be_drawn_is_reported(tmp_path):
         assert code == 1 and says in err and "Traceback" not in err
     (tmp_path / "a.jsonl").write_text(lines(*RUN))
     (tmp_path / "matplotlib.py").write_text("raise ImportError")
-    code, _, err = run_python("-m", "model.training.plot", tmp_path / "a.jsonl", PYTHONPATH=str(tmp_path))
+    code, _, err = run_python("-m", "model.training.plot", tmp_path / "a.jsonl", fresh=True, PYTHONPATH=str(tmp_path))
     assert code == 1 and "pip install matplotlib" in err
 
 
