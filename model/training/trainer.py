@@ -41,6 +41,9 @@ from .resume import global_batch_size, load_state_dict, read_state, save_state, 
 from .stats import RunningStats
 
 PATIENCE = 20  # non-finite steps in a row that end a run
+# flags that are saved with the weights, to tell how they were made
+RECORDED_FLAGS = ("data_path", "epochs", "batch_size", "batch_tokens", "accumulation_steps", "learning_rate")
+RECORDED_FLAGS += ("freeze_llm", "seed")
 
 # --- what a stage needs ---------------------------------------------------------------------------------------------
 
@@ -110,6 +113,26 @@ def train_val_split(num_samples, fraction, seed):
     order = rng.permutation(num_samples)
     num_val = round(num_samples * fraction)
     return np.sort(order[num_val:]), np.sort(order[:num_val])
+
+
+def make_sampler(args, lengths, indices, step_size, processes):
+    """Deals the samples `indices` of a dataset to steps and processes; lengths: of all its samples."""
+    ranks = processes.rank, processes.world_size
+    if args.batch_tokens:
+        return TokenBatches(indices, lengths, args.batch_tokens, step_size, *ranks, args.seed)
+    return LengthBatches(indices, lengths, step_size, args.batch_size, *ranks, args.seed)
+
+
+def make_loader(dataset, batch_sampler, args, few_shapes=False):
+    return DataLoader(
+        dataset,
+        batch_sampler=batch_sampler,
+        collate_fn=partial(collate, few_shapes=few_shapes),
+        num_workers=args.num_workers,
+        worker_init_fn=ignore_signals,
+        pin_memory=args.device.startswith("cuda"),
+        persistent_workers=args.num_workers > 0,
+    )
 
 
 def learning_rate_at(step, steps, peak, warmup):
@@ -239,31 +262,24 @@ class Run:
         self.save_interval = args.save_interval
         self.use_cuda_graphs = can_use_cuda_graphs(args, self.dtype, processes.world_size)
 
-        # training data; the sampler deals a step's samples to the processes
+        # training data
         train_indices, val_indices = train_val_split(len(dataset), args.val_fraction, args.seed)
-        rank, world_size = processes.rank, processes.world_size
-        size = global_batch_size(args, world_size, resume_state)
-        if args.batch_tokens:
-            self.sampler = TokenBatches(
-                train_indices, dataset.lengths, args.batch_tokens, size, rank, world_size, args.seed
-            )
-        else:
-            self.sampler = LengthBatches(
-                train_indices, dataset.lengths, size, args.batch_size, rank, world_size, args.seed
-            )
-        self.loader = self.make_loader(dataset, self.sampler, args.num_workers)
+        step_size = global_batch_size(args, processes.world_size, resume_state)
+        self.sampler = make_sampler(args, dataset.lengths, train_indices, step_size, processes)
+        self.loader = make_loader(dataset, self.sampler, args, few_shapes=self.use_cuda_graphs)
         self.problems = dataset.problems
         self.data_checksum = zlib.crc32(dataset.ids.values.numpy(), zlib.crc32(dataset.lengths))
 
         # validation data: a dataset of its own, or the samples held out above
-        if val_dataset is not None:
-            val_indices = np.arange(len(val_dataset))
-        else:
+        if val_dataset is None:
             val_dataset = dataset
+        else:
+            val_indices = np.arange(len(val_dataset))
         self.val_loader = None
         if len(val_indices):
-            val_sampler = SortedBatches(val_indices, val_dataset.lengths, args.batch_size, rank, world_size)
-            self.val_loader = self.make_loader(val_dataset, val_sampler, args.num_workers)
+            ranks = processes.rank, processes.world_size
+            val_sampler = SortedBatches(val_indices, val_dataset.lengths, args.batch_size, *ranks)
+            self.val_loader = make_loader(val_dataset, val_sampler, args)
 
         # optimizer; with --freeze_llm it only has the projector's parameters
         if args.freeze_llm:
@@ -279,7 +295,7 @@ class Run:
         if not self.total_steps:
             raise BadInput(
                 f"there is nothing to do: {args.epochs} epochs of {len(train_indices)} samples, and a step takes "
-                f"{size} {'batches' if args.batch_tokens else 'samples'}"
+                f"{step_size} {'batches' if args.batch_tokens else 'samples'}"
             )
         if resume_state:
             load_state_dict(self, resume_state)
@@ -288,24 +304,13 @@ class Run:
 
         # what forward and backward go through: compiler, DDP, or CUDA graphs
         self.wrapped_model = compile_model(model, args.device) if args.compile else model
-        if world_size > 1:
+        if processes.world_size > 1:
             self.wrapped_model = DistributedDataParallel(self.wrapped_model)
         self.forward_backward = self.eager_forward_backward
         if self.use_cuda_graphs:
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)  # graphs add to it, so it must exist and stay in place
             self.forward_backward = GraphedForwardBackward(self.eager_forward_backward, args.device)
-
-    def make_loader(self, dataset, batch_sampler, num_workers):
-        return DataLoader(
-            dataset,
-            batch_sampler=batch_sampler,
-            collate_fn=partial(collate, few_shapes=self.use_cuda_graphs),
-            num_workers=num_workers,
-            worker_init_fn=ignore_signals,
-            pin_memory=self.device.startswith("cuda"),
-            persistent_workers=num_workers > 0,
-        )
 
     def train(self):
         """Trains to the last step, or until it is asked to stop. Saves every `save_interval` steps and at the end."""
@@ -513,11 +518,12 @@ class Run:
             return False
 
         # metadata: how the weights were made, stage by stage, for people and for the next stage
-        flags = ("data_path", "epochs", "batch_size", "batch_tokens", "accumulation_steps", "learning_rate")
-        flags += ("freeze_llm", "seed")
-        this_stage = {"stage": self.stage}
-        this_stage |= {name: getattr(self.args, name) for name in flags}
-        this_stage |= {"steps": self.step, "processes": self.processes.world_size}
+        this_stage = {
+            "stage": self.stage,
+            **{name: getattr(self.args, name) for name in RECORDED_FLAGS},
+            "steps": self.step,
+            "processes": self.processes.world_size,
+        }
         metadata = {"stage": self.stage, "step": self.step, "training": [*self.history, this_stage]}
 
         # weights first: if the state then fails, the older state recomputes the same steps
