@@ -165,7 +165,7 @@ def measure(args, run, dataset, roof):
     seconds, batches, each = ours(args, run)
     samples = [i for batch in batches for i in batch]
     lengths = dataset.lengths[samples]
-    answers = sum(int(dataset.answers[i].sum()) for i in samples)
+    answers = sum(int(dataset.is_answer[i].sum()) for i in samples)
     padded = sum(len(batch) * -(-dataset.lengths[batch].max() // 8) * 8 for batch in batches)
     lm_flops, clip_flops = flops(run.model.config, encoder, lengths, answers, args.cache_features)
     product, copy = roof
