@@ -1,11 +1,11 @@
-"""What is there to train with, what is missing and where to get it, and which scripts can be run.
+"""What is there to train with, what is missing and how to get it, and which scripts can run.
 
 python -m model.doctor                             # for 512+8
 python -m model.doctor --dim 768 --n_layers 16     # for what these flags would train
 python -m model.doctor --demo                      # for the demo
 
-Weights are read whole, and of each data set all records but only a few pictures: `python -m dataset.check` opens them
-all. The exit code is 0 if 1-pretrain_vlm.py can be run.
+It reads all weights and all records, but only a few pictures of each data set: `python -m dataset.check` opens all of
+them. The exit code is 0 if 1-pretrain_vlm.py can run.
 """
 
 import argparse
@@ -35,8 +35,8 @@ from .model_vlm import MiniMindVLM
 from .stages import DEMO_LLM, DEMO_MODEL, STAGES, answering_stage, weights_path
 from .vision_utils import load_vision
 
-SAMPLE = 20  # records that are looked at besides the first and the last
-PICTURE = 32  # pixels on a side, to which those that are looked at are read
+SAMPLE = 20  # records that are checked besides the first and the last
+PICTURE = 32  # pixels on a side, to which their pictures are resized
 # on disk for each parameter: weights, resume state (with Adam's two), and the copy that replaces it
 BYTES = 4 + 12 + 12
 PUBLISHED_IDS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<": 30, ">": 32}
@@ -46,7 +46,7 @@ PUBLISHED_IDS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<": 30, ">": 32}
 
 
 def size_and_hash(file):
-    """By which people can compare their files."""
+    """A file's size and the beginning of its SHA-256, so that people can compare copies."""
     digest = hashlib.sha256()
     with open(file, "rb") as f:
         while chunk := f.read(2**20):
@@ -55,7 +55,7 @@ def size_and_hash(file):
 
 
 def unlike_published(tokenizer):
-    """In what a tokenizer first differs from the published one."""
+    """The first difference between a tokenizer and the published one."""
     published = LMConfig().vocab_size
     if len(tokenizer) != published:
         return f"it has {len(tokenizer):,} tokens, not {published:,}"
@@ -67,7 +67,7 @@ def unlike_published(tokenizer):
 
 
 def sample_of(path):
-    """How many records a JSON file has, and by their numbers the first, the last and SAMPLE others, each time anew."""
+    """Counts the records; returns the count and the first, the last and a random sample (reservoir sampling)."""
     records = enumerate(tqdm(read_records(path), desc=str(path), unit=" records", disable=None, leave=False))
     kept, last = {}, next(records)
     for following in records:
@@ -80,10 +80,10 @@ def sample_of(path):
 
 
 def left_out(bad, looked_at):
-    """A remark on bad records among those looked at; BadRecord if they are more than a training leaves out."""
+    """A remark about bad records in the sample; BadRecord if there are more than training would skip."""
     if not bad:
         return ""
-    remark = f"{len(bad)} of {looked_at} records looked at can't be used, the first: {bad[0]}"
+    remark = f"{len(bad)} of {looked_at} sampled records can't be used, the first: {bad[0]}"
     if len(bad) > MAX_BAD_FRACTION * looked_at:
         raise BadRecord(bad[0].reason, remark)
     return f"; {remark}"
@@ -103,7 +103,7 @@ def other_packages():
 
 
 def device_facts(device):
-    """What a device is and has. BadInput if it can't be used."""
+    """A device's name and memory. BadInput if it can't be used."""
     try:
         kind = torch.zeros(1, device=device).device.type
     except (RuntimeError, AssertionError) as error:  # the latter from a PyTorch without CUDA
@@ -123,7 +123,7 @@ def device_facts(device):
 
 
 class Doctor:
-    """Looks at one thing after the other and prints what it finds; `marks` keeps the state of each.
+    """Checks one thing after another and prints what it finds; `marks` keeps each result: ok, missing or wrong.
 
     tokenizer, encoder: None until they are found to be good.
     """
@@ -145,28 +145,28 @@ class Doctor:
     def command(self, command):
         return f"{command} --demo" if self.args.demo else command
 
-    def tell(self, mark, what, place, says):
-        """Prints a finding: ok, missing or wrong; where; and what more is known, or what to do."""
+    def report(self, mark, what, place, says):
+        """Prints a finding: ok, missing or wrong; where; and details, or what to do about it."""
         self.marks[what] = mark
         between = ": " if mark == "ok" else f"\n{'':9}"
         print(f"{mark:<9}{what:<26}{place}{between}{says}", flush=True)
 
-    def look_at_file(self, what, file, get, check):
-        """A file that is there is as `check()` says, or refuses with BadInput; `get` tells how to come by it."""
+    def check_file(self, what, file, get, check):
+        """Reports a file: what `check()` says of it (or its BadInput), or `get`, how to obtain it."""
         if not file.is_file():
             belongs = file.parent == Path(DEMO_LLM).parent
-            self.tell(
+            self.report(
                 "missing", what, file, f"it comes with MiniMind-V: git checkout {file.parent}" if belongs else get
             )
             return
         place = file
         try:
             place = f"{file}, {size_and_hash(file)}"
-            self.tell("ok", what, place, check())
+            self.report("ok", what, place, check())
         except OSError as error:
-            self.tell("wrong", what, place, f"it could not be read ({error.strerror})")
+            self.report("wrong", what, place, f"it could not be read ({error.strerror})")
         except BadInput as problem:
-            self.tell("wrong", what, place, problem)
+            self.report("wrong", what, place, problem)
 
     def check_clip(self):
         self.encoder = encoder = load_vision(self.args.vision_path)
@@ -174,7 +174,7 @@ class Doctor:
         return f"{encoder.image_tokens} tokens, {encoder.vision_width} wide, for a picture of {size}x{size}"
 
     def check_tokenizer(self):
-        """The published one is right, and any with which weights here say that they were trained."""
+        """Accepts the published one, and any that some weights here say they were trained with."""
         self.tokenizer = load_tokenizer(self.args.tokenizer_path)
         kind, count = tokenizer_hash(self.tokenizer), f"{len(self.tokenizer):,} tokens"
         if kind == PUBLISHED_TOKENIZER:
@@ -192,20 +192,20 @@ class Doctor:
         _, summary = load_vlm(self.weights[name], *parts, allow_missing_projector=name == "llm")
         return summary.rpartition(", ")[2]
 
-    def look_at_models(self):
+    def check_models(self):
         clip, tokenizer = Path(self.args.vision_path), Path(self.args.tokenizer_path)
         get = f"get it with: hf download openai/clip-vit-base-patch32 --local-dir {clip}"
-        self.look_at_file("CLIP", find_weights(clip), get, self.check_clip)
+        self.check_file("CLIP", find_weights(clip), get, self.check_clip)
         get = f"copy model/minimind_tokenizer of the first MiniMind-V into {tokenizer}"
-        self.look_at_file("tokenizer", tokenizer / "tokenizer.json", get, self.check_tokenizer)
+        self.check_file("tokenizer", tokenizer / "tokenizer.json", get, self.check_tokenizer)
         for name, file in self.weights.items():
             get = "copy the published one there, or do without: 1-pretrain_vlm.py --from_scratch"
             if name in self.makers:
                 get = f"{self.makers[name]} makes it" + ("" if self.args.demo else ", or copy the published one there")
-            self.look_at_file(file.name, file, get, partial(self.check_weights, name))
+            self.check_file(file.name, file, get, partial(self.check_weights, name))
 
-    def look_at_data(self, name, stage):
-        """The records and the pictures that a stage reads, a few of each."""
+    def check_data(self, name, stage):
+        """Reports the records and the pictures that a stage reads, a few of each."""
         defaults = stage.demo if self.args.demo else stage.defaults
         file, folder = Path(defaults["data_path"]), Path(defaults["images_path"])
         get = "get the data of the first MiniMind-V, as dataset/README.md says"
@@ -213,11 +213,11 @@ class Doctor:
             get = f"delete {file.parent}, and the scripts draw it again"
             if not (file.parent / "world.json").exists():
                 for what, place in (("records", file), ("pictures", folder)):
-                    self.tell("ok", f"{name} {what}", place, "will be drawn by the first script that is run")
+                    self.report("ok", f"{name} {what}", place, "will be drawn by the first script that runs")
                 return
-        names = []  # of the pictures of each record that is looked at
-        self.look_at_file(f"{name} records", file, get, partial(self.check_records, file, names))
-        self.look_at_pictures(f"{name} pictures", folder, names, get)
+        names = []  # of the pictures of each sampled record
+        self.check_file(f"{name} records", file, get, partial(self.check_records, file, names))
+        self.check_pictures(f"{name} pictures", folder, names, get)
 
     def check_records(self, file, names):
         count, sample = sample_of(file)
@@ -230,9 +230,9 @@ class Doctor:
                 bad.append(problem)
         return f"{count:,} records{left_out(bad, len(sample))}"
 
-    def look_at_pictures(self, what, folder, names, get):
+    def check_pictures(self, what, folder, names, get):
         if not folder.is_dir():
-            self.tell("missing", what, folder, get)
+            self.report("missing", what, folder, get)
             return
         bad, prefix = [], coco_prefix(folder, next(chain(*names), ""))
         for its_names in names:
@@ -243,19 +243,19 @@ class Doctor:
                 bad.append(problem)
         try:
             remark = left_out(bad, len(names))
-            self.tell("ok", what, folder, f"those of {len(names)} records looked at{remark}")
+            self.report("ok", what, folder, f"those of {len(names)} sampled records{remark}")
         except BadRecord as problem:
             mark = "missing" if problem.reason == "picture missing" else "wrong"
-            self.tell(mark, what, folder, f"{problem}; or {get}")
+            self.report(mark, what, folder, f"{problem}; or {get}")
 
-    def look_at_machine(self):
+    def check_machine(self):
         other = list(other_packages())
         says = f"{'; '.join(other)}: pip install -r requirements.txt" if other else "the versions of requirements.txt"
-        self.tell("wrong" if other else "ok", "packages", "requirements.txt", says)
+        self.report("wrong" if other else "ok", "packages", "requirements.txt", says)
         try:
-            self.tell("ok", "device", self.args.device, device_facts(self.args.device))
+            self.report("ok", "device", self.args.device, device_facts(self.args.device))
         except BadInput as problem:
-            self.tell("wrong", "device", self.args.device, problem)
+            self.report("wrong", "device", self.args.device, problem)
         folder = Path(self.args.out_dir).resolve()
         while not folder.exists():
             folder = folder.parent
@@ -268,10 +268,10 @@ class Doctor:
             says += ": make room, or name another --out_dir"
         if not writable:
             says = f"{folder} is not a writable folder: name another --out_dir"
-        self.tell("ok" if writable and free >= wanted else "wrong", "disk", self.args.out_dir, says)
+        self.report("ok" if writable and free >= wanted else "wrong", "disk", self.args.out_dir, says)
 
     def ready(self, command, weights, data=()):
-        """Prints whether a script can be run, and returns that. weights: their name; data: what it needs besides.
+        """Prints whether a script can run, and returns that. weights: their name; data: what else it needs.
 
         Other versions of packages don't matter: what the script imports has been imported here.
         """
@@ -282,11 +282,11 @@ class Doctor:
         return not lacking
 
     def examine(self):
-        """Everything; True if the first stage can be run."""
-        self.look_at_models()
+        """Checks everything; True if the first stage can run."""
+        self.check_models()
         for name, stage in STAGES.items():
-            self.look_at_data(name, stage)
-        self.look_at_machine()
+            self.check_data(name, stage)
+        self.check_machine()
         print()
         verdicts = [
             self.ready(stage.command, stage.starts_from, (f"{name} records", f"{name} pictures", "disk"))

@@ -65,7 +65,7 @@ def test_all_is_there(home):
         f"out/64_vlm_sft.pth, {len(content) / 1e6:.1f} MB, sha256 {digest}: 132,160 parameters of language model and projector"
     )
     assert said["pretrain records"].endswith(": 48 records")
-    assert said["sft pictures"] == "dataset/sft_images: those of 22 records looked at"
+    assert said["sft pictures"] == "dataset/sft_images: those of 22 sampled records"
     assert said["sft_multi records"].startswith("dataset/sft_multi_vlm_data.json, ")
     assert "cores" in said["device"] and "GB free" in said["disk"]
     assert verdicts == [
@@ -107,9 +107,7 @@ def test_the_first_stage_alone_is_ready(home):
     (home / "dataset/pretrain_images/train_00000.jpg").unlink()  # of the first record, which is always looked at
     code, found, verdicts = doctor(home, *SIZES, "--device", "cpu")
     mark, says = found["pretrain pictures"]
-    assert (
-        code == 0 and mark == "ok" and "; 1 of 22 records looked at can't be used, the first: dataset/pretrain" in says
-    )
+    assert code == 0 and mark == "ok" and "; 1 of 22 sampled records can't be used, the first: dataset/pretrain" in says
     mark, says = found["sft_multi pictures"]
     assert mark == "wrong" and "22 of 22 records" in says and "could not be read as a picture" in says
     assert verdicts == [
@@ -216,6 +214,6 @@ def test_a_sample_has_the_first_and_the_last_record(tmp_path, count):
 def test_more_bad_records_than_a_training_leaves_out():
     bad = BadRecord("no answer", "record 7: no turn of the assistant says anything")
     assert left_out([], 22) == ""
-    assert left_out([bad], 22) == f"; 1 of 22 records looked at can't be used, the first: {bad}"
+    assert left_out([bad], 22) == f"; 1 of 22 sampled records can't be used, the first: {bad}"
     with pytest.raises(BadRecord, match="2 of 22 records"):
         left_out([bad, bad], 22)
