@@ -15,7 +15,7 @@ from model.files import replace_file
 
 FORMAT = 3  # raise it with every change of what a state holds
 
-# flags that decide what a step computes; batch size and processes may change, as long as their product doesn't
+# flags that decide what a step computes; batch size, accumulation and processes may change if their product stays
 FIXED_FLAGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "use_moe", "epochs", "learning_rate")
 FIXED_FLAGS += ("grad_clip", "warmup_iters", "seed", "freeze_llm", "val_fraction", "batch_tokens")
 
