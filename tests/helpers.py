@@ -84,7 +84,7 @@ def heed_interrupts():
 
 def save_clip(folder):
     """A folder with a random CLIP vision model, always the same: 64 pixels, patch 32, so 5 tokens an image, width 48."""
-    torch.manual_seed(0)
+    torch.manual_seed(1)  # others answer alike about different pictures
     config = CLIPVisionConfig(
         hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=64, patch_size=32
     )
