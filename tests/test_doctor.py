@@ -109,7 +109,7 @@ def test_the_first_stage_alone_is_ready(home):
     mark, says = found["pretrain pictures"]
     assert code == 0 and mark == "ok" and "; 1 of 22 sampled records can't be used, the first: dataset/pretrain" in says
     mark, says = found["sft_multi pictures"]
-    assert mark == "wrong" and "22 of 22 records" in says and "could not be read as a picture" in says
+    assert mark == "wrong" and "22 of 22 sampled records" in says and "could not be read as a picture" in says
     assert verdicts == [
         "ready: 1-pretrain_vlm.py",
         "not ready: 2-sft_vlm.py (64_vlm_pretrain.pth missing, sft pictures missing)",
@@ -215,5 +215,5 @@ def test_more_bad_records_than_a_training_leaves_out():
     bad = BadRecord("no answer", "record 7: no turn of the assistant says anything")
     assert left_out([], 22) == ""
     assert left_out([bad], 22) == f"; 1 of 22 sampled records can't be used, the first: {bad}"
-    with pytest.raises(BadRecord, match="2 of 22 records"):
+    with pytest.raises(BadRecord, match="2 of 22 sampled records"):
         left_out([bad, bad], 22)

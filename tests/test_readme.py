@@ -36,7 +36,9 @@ NOT_RUN = {
 }
 SMALL_WORLD = "python -m dataset.demo --pictures 100 --pairs 10 --clips 10"
 # what is drawn where the README draws the whole world, which takes longer to draw, to learn and to be asked about
-TINY_WORLD = "python -c 'from dataset import demo; demo.build(demo.FOLDER, pictures=24, pairs=4, clips=4, held_out=12)'"
+TINY_WORLD = (
+    "python -c 'from dataset import demo; demo.build(demo.FOLDER, pictures=24, pairs=4, animations=4, held_out=12)'"
+)
 # what people put there or programs make
 MADE = ("out/", "dataset/pretrain_", "dataset/sft_", "model/clip_model/clip-", "../minimind-v1", "curves.png")
 

@@ -1,5 +1,6 @@
 """Ways to watch a training: Weights & Biases, plotted curves, and the page /training."""
 
+import argparse
 import json
 import signal
 
@@ -9,7 +10,7 @@ from PIL import Image
 from playwright.sync_api import expect
 from wandb.proto import wandb_internal_pb2
 
-from model.training.logs import read_log
+from model.training.logs import Log, read_log
 from web_server import create_app
 
 # --- Weights & Biases -----------------------------------------------------------------------------------------------
@@ -191,3 +192,17 @@ def test_the_page_follows_a_training(watched, browser):
     assert page.locator("#notice").bounding_box()["y"] >= 0
     page.close()
     assert [problem for problem in problems if "ERR_CONNECTION_REFUSED" not in problem] == []
+
+
+def test_what_a_log_keeps_is_never_off_the_disk(tmp_path):
+    """A kill between opening a log and its first line must lose nothing: only the end is cut off."""
+    path = tmp_path / "run.jsonl"
+    lines = ['{"run": "a", "step": 0}', '{"step": 1, "loss": 2}', '{"run": "a", "step": 1}']
+    lines += [f'{{"step": {step}, "loss": 1}}' for step in (2, 3, 3, 4)]
+    path.write_text("\n".join(lines) + '\n{"step": 5, "lo')
+    args = argparse.Namespace(out_dir=tmp_path, use_wandb=False)
+    log = Log(args, "run", step=3, steps=9)
+    assert path.read_text() == "\n".join(lines[:-1]) + "\n"  # before anything new is flushed
+    log.bar.close()
+    log.file.close()
+    assert json.loads(path.read_text().splitlines()[-1])["step"] == 3

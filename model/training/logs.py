@@ -27,9 +27,9 @@ class Log:
         path = Path(args.out_dir) / f"{name}.jsonl"
         start = {"run": name, "step": step, "steps": steps, "time": time.time(), "args": vars(args)}
         try:
-            self.file = open(path, "r+" if step and path.exists() else "a", encoding="utf-8")  # noqa: SIM115
-            if step:
-                self.truncate_after(step)
+            if step and path.exists():
+                os.truncate(path, size_up_to(path, step))
+            self.file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115
             self.file.write(json.dumps(start) + "\n")
         except OSError as error:
             raise BadInput(f"{path} could not be written ({error.strerror}): name another --out_dir") from None
@@ -39,17 +39,6 @@ class Log:
         self.started = time.time()
         self.write_failed = False
         self.wandb = self.open_wandb(args, wandb_id) if args.use_wandb else None
-
-    def truncate_after(self, step):
-        """Removes from the file, in its last run, everything but the metrics up to `step`."""
-        lines = self.file.readlines()
-        starts = [i for i, line in enumerate(lines) if line.startswith('{"run"')]
-        last_start = starts[-1] if starts else 0
-        kept = lines[:last_start]
-        kept += [line for line in lines[last_start:] if step_of(line) <= step]
-        self.file.seek(0)
-        self.file.truncate()
-        self.file.writelines(kept)
 
     @staticmethod
     def open_wandb(args, wandb_id):
@@ -108,6 +97,19 @@ class Log:
             pass  # `write` has reported it
         if self.wandb:
             self.wandb.finish()
+
+
+def size_up_to(path, step):
+    """Bytes of a log up to the last line that its last run wrote of steps up to `step`; what follows is of later ones.
+
+    Cutting the end off keeps the rest on disk, where a process that is killed can't lose it.
+    """
+    lines = path.read_bytes().splitlines(keepends=True)
+    starts = [i for i, line in enumerate(lines) if line.startswith(b'{"run"')]
+    kept = starts[-1] if starts else 0
+    while kept < len(lines) and step_of(lines[kept]) <= step:
+        kept += 1
+    return sum(map(len, lines[:kept]))
 
 
 def step_of(line):
