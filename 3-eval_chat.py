@@ -4,7 +4,7 @@ python 3-eval_chat.py                          # in a terminal: pick pictures an
 python 3-eval_chat.py --demo                   # the same with the demo's model
 python 3-eval_chat.py --demo --all             # every question of dataset/eval_images, then the score on held-out pictures
 python 3-eval_chat.py --demo --all --multi     # the same for pairs of pictures and animations
-python 3-eval_chat.py --score FILE --images_path FOLDER     # exact match on a labelled file of the SFT format
+python 3-eval_chat.py --score FILE --images_path FOLDER     # exact match on a labelled file (dataset/README.md)
 """
 
 import argparse
@@ -19,9 +19,8 @@ from model.arguments import add_chat_arguments, add_model_arguments, add_switch,
 from model.errors import BadInput, run_script
 from model.generate import SETTINGS
 from model.score import read_questions, score
-from model.stages import DEMO_MODEL
+from model.stages import DEMO_ANSWERING
 
-DEMO = {**DEMO_MODEL, "temperature": 0.0}  # the demo's questions have one right answer
 # what the demo's answers are scored on, without and with --multi
 DEMO_SCORES = {False: ("heldout", "unseen"), True: ("multi", "clips", "clips_shuffled")}
 HELP = """\
@@ -163,13 +162,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     add_chat_arguments(parser)
-    add_switch(parser, "--multi", help="the model that was trained on several pictures at a time, and pictures for it")
-    add_switch(parser, "--all", help="non-interactive: answer every question of dataset/eval_images")
+    add_switch(
+        parser, "--multi", help="use the model trained on several pictures at a time, and sample pictures for it"
+    )
+    add_switch(
+        parser,
+        "--all",
+        help="answer every question of dataset/eval_images (with --multi, of eval_multi_images) without a chat",
+    )
     parser.add_argument(
         "--score", nargs="+", metavar="FILE", help="answer these labelled files and count the right answers"
     )
     parser.add_argument("--images_path", default="dataset/sft_images", help="folder of the pictures of --score")
-    args = parse_with_demo(parser, DEMO)
+    args = parse_with_demo(parser, DEMO_ANSWERING)
     chat = load_chat(args)
     print(chat.summary)
     folder = Path("dataset/eval_multi_images" if args.multi else "dataset/eval_images")

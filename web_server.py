@@ -28,12 +28,10 @@ from werkzeug.serving import make_server
 
 from model.arguments import add_chat_arguments, add_model_arguments, add_switch, load_chat, parse_with_demo, settings_of
 from model.errors import BadInput, run_script
-from model.stages import DEMO_MODEL
+from model.stages import DEMO_ANSWERING
 from web.api import ChatAPI, add_chat_page, add_security_headers, add_training_page, error_response
 from web.queue import RequestQueue
 from web.requests import MAX_REQUEST
-
-DEMO = {**DEMO_MODEL, "temperature": 0.0}  # each question about the demo's pictures has one right answer
 
 
 def parse_arguments(flags):
@@ -49,7 +47,7 @@ def parse_arguments(flags):
         "--queue", type=int, default=8, help="requests that may wait while one is answered (default %(default)s)"
     )
     add_switch(parser, "--watch", help="show only the training curves, at /training, without a model")
-    return parse_with_demo(parser, DEMO, flags)
+    return parse_with_demo(parser, DEMO_ANSWERING, flags)
 
 
 def create_app(*flags):

@@ -15,8 +15,8 @@ class StepBatches:
     For each optimizer step they yield `micro_batches` lists of sample indices on every process. All processes draw the same
     order and deal out the same step, so what a step contains doesn't depend on the number of processes.
 
-    indices: the samples to use; lengths: of all samples, in tokens. step_size: how many `unit` all processes share in a
-    step. BadInput if that is less than one for each process.
+    indices: the samples to use; lengths: of all samples, in tokens. step_size: samples or batches, as `unit` says, per step over
+    all processes. BadInput if that is less than one for each process.
     """
 
     unit = None  # "samples" or "batches"

@@ -8,7 +8,7 @@ From one record to its loss, and the file in which each step is decided:
     3. ids beyond max_seq_len are truncated, never within an image          here, truncate_at_image
     4. labels are the ids where flagged, -100 everywhere else               here, VLMDataset.item
     5. a batch is padded to its longest item, labels with -100              here, collate
-    6. label_positions: the tokens whose next token has a label             here, collate, with model/model.py
+    6. label_positions: the tokens whose next token has a label             model/model.py, called by collate
     7. shift by one: the logits at position t predict the label at t + 1    model/model.py
     8. the loss is summed over the batch, and divided by the answer tokens  model/training/trainer.py counts them,
        in all batches of the step on all processes                          model/model.py divides
@@ -44,7 +44,7 @@ def encode_records(data_path, tokenizer, config, max_seq_len, problems):
 
     The other records are counted in `problems`; so is, at the end, the total of all records.
     """
-    # without `notify`, another process reports; None: a bar on terminals only
+    # only the process that reports shows a bar; tqdm takes None as: only on a terminal
     silent = None if problems.notify else True
     records = tqdm(read_records(data_path), desc=str(data_path), unit=" records", disable=silent)
     for block in chunked(enumerate(records), BLOCK):
@@ -211,7 +211,7 @@ class VLMDataset(Dataset):
                 return {**self.item(candidate), "problems": problems}
             except BadRecord as problem:
                 problems.append((problem, self.record_numbers[candidate].item()))
-        # so many bad ones in a row mean a wrong folder or a disk that is gone, not bad records
+        # this many failures in a row mean a wrong folder or a lost disk, not bad records
         raise BadInput(f"{MAX_BAD_IN_A_ROW} records in a row can't be used; the last: {problems[-1][0]}")
 
     def item(self, index):

@@ -40,10 +40,14 @@ def default_device():
 def add_model_arguments(parser):
     """Sizes of the model, paths and device: what training and answering share."""
     parser.add_argument("--dim", type=int, default=512, help="width of the language model (published: 512 or 768)")
-    parser.add_argument("--n_layers", type=int, default=8, help="its layers (published: 8 or 16)")
-    parser.add_argument("--n_heads", type=int, default=16, help="its attention heads")
-    parser.add_argument("--n_kv_heads", type=int, default=8, help="its key/value heads")
-    parser.add_argument("--max_seq_len", type=int, default=512, help="longest conversation in tokens, 50 a picture")
+    parser.add_argument("--n_layers", type=int, default=8, help="layers (published: 8 or 16)")
+    parser.add_argument("--n_heads", type=int, default=16, help="attention heads")
+    parser.add_argument(
+        "--n_kv_heads", type=int, default=8, help="key/value heads, each shared by several attention heads"
+    )
+    parser.add_argument(
+        "--max_seq_len", type=int, default=512, help="longest conversation in tokens; a picture takes 50"
+    )
     add_switch(parser, "--use_moe", help="experts in place of each feed-forward")
     parser.add_argument("--out_dir", default="out", help="folder of weights and logs")
     add_path_arguments(parser)
@@ -69,7 +73,7 @@ def model_sizes(args):
 
 
 def add_training_arguments(parser, stage=STAGES["pretrain"]):
-    """The published training flags, with the defaults of a stage."""
+    """The flags of training, with the defaults of a stage."""
     add_model_arguments(parser)
     parser.add_argument("--data_path", default=stage.data_path, help="JSON file of records (default %(default)s)")
     parser.add_argument("--images_path", default=stage.images_path, help="folder of its pictures (default %(default)s)")
@@ -77,22 +81,29 @@ def add_training_arguments(parser, stage=STAGES["pretrain"]):
         "--from_weights", help="start from this file, or transformers folder, instead of the previous stage's"
     )
     add_switch(parser, "--freeze_llm", help="train only the projector")
-    parser.add_argument("--seed", type=int, default=1337, help="of random weights and of the order of samples")
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--batch_size", type=int, default=16, help="samples per step and process (default %(default)s)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=1337,
+        help="seed of random weights, dropout and the order of samples (default %(default)s)",
+    )
+    parser.add_argument("--epochs", type=int, default=1, help="passes over the data (default %(default)s)")
+    parser.add_argument(
+        "--batch_size", type=int, default=16, help="samples per batch and process (default %(default)s)"
+    )
     parser.add_argument(
         "--batch_tokens",
         type=int,
-        help="batch by tokens instead: as many samples of similar length as fit, padding included",
+        help="tokens per batch, padding included, instead of --batch_size: as many samples of similar length as fit",
     )
     parser.add_argument(
-        "--learning_rate", type=float, default=stage.learning_rate, help="its peak (default %(default)s)"
+        "--learning_rate", type=float, default=stage.learning_rate, help="peak learning rate (default %(default)s)"
     )
     parser.add_argument("--accumulation_steps", type=int, default=1, help="batches per optimizer step")
-    parser.add_argument("--grad_clip", type=float, default=1.0, help="largest gradient norm")
-    parser.add_argument("--warmup_iters", type=int, default=0, help="optimizer steps of rising learning rate")
+    parser.add_argument("--grad_clip", type=float, default=1.0, help="scale larger gradients down to this norm")
+    parser.add_argument("--warmup_iters", type=int, default=0, help="optimizer steps of linear warm-up")
     parser.add_argument("--log_interval", type=int, default=10, help="optimizer steps between log lines")
-    parser.add_argument("--save_interval", type=int, default=1000, help="optimizer steps between saved weights")
+    parser.add_argument("--save_interval", type=int, default=1000, help="optimizer steps between saves")
     add_switch(parser, "--strict", help="stop at the first record that can't be used instead of skipping it")
     parser.add_argument(
         "--max_bad_fraction",
@@ -101,9 +112,11 @@ def add_training_arguments(parser, stage=STAGES["pretrain"]):
         help="stop if more of the records can't be used (default %(default)s)",
     )
     add_switch(parser, "--resume", help="continue an interrupted run with the same arguments, if there is one")
-    parser.add_argument("--val_fraction", type=float, default=0.0, help="part of the data to hold out and measure on")
-    parser.add_argument("--val_path", help="JSON file of records to measure on instead")
-    parser.add_argument("--eval_interval", type=int, default=1000, help="optimizer steps between measurements")
+    parser.add_argument(
+        "--val_fraction", type=float, default=0.0, help="fraction of the samples to hold out for validation"
+    )
+    parser.add_argument("--val_path", help="JSON file of records to validate on instead")
+    parser.add_argument("--eval_interval", type=int, default=1000, help="optimizer steps between validations")
     parser.add_argument(
         "--num_workers",
         type=int,
@@ -113,7 +126,9 @@ def add_training_arguments(parser, stage=STAGES["pretrain"]):
     add_switch(parser, "--cache_features", help="run CLIP once over all pictures and keep the result in out_dir")
     add_switch(parser, "--compile", help="compile the model first (needs a C++ compiler, or Triton on a GPU)")
     add_switch(parser, "--use_wandb", help="log to Weights & Biases")
-    parser.add_argument("--wandb_project", default="MiniMind-V")
+    parser.add_argument(
+        "--wandb_project", default="MiniMind-V", help="project at Weights & Biases (default %(default)s)"
+    )
     parser.add_argument(
         "--wandb_run_name", help="default: the published form, with epochs, batch size and learning rate"
     )
@@ -129,7 +144,7 @@ def add_chat_arguments(parser):
         "--max_frames",
         type=int,
         default=8,
-        help="frames used of a video or animation, as many as the context holds (default %(default)s)",
+        help="most frames to use of a video or animation; fewer if the context has no room (default %(default)s)",
     )
     parser.add_argument("--quantize", choices=["int8"], help="keep weights in 8 bits (CPU only)")
     for name, setting in SETTINGS.items():
@@ -193,7 +208,7 @@ def pick_dtype(name, device):
 
 
 def load_chat(args):
-    """The `Chat` that the command line asks for. BadInput says which stages to run if the demo's weights are missing."""
+    """The `Chat` that the command line asks for; the script must have added `--multi`. BadInput says which stages to run if the demo's weights are missing."""
     weights = args.weights
     if not weights:
         wanted = answering_stage(args.multi)

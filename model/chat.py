@@ -39,13 +39,13 @@ class Chat:
         dtype=torch.float32,
         int8=False,
         max_frames=8,
-        **sizes,
+        **fallback,
     ):
         """weights: a .pth file, or a transformers folder, whose own tokenizer and CLIP, if present, take precedence.
 
         int8: store the matrices of the language model and of CLIP in 8 bits (CPU only).
         max_frames: how many frames of a video are used; fewer if the context doesn't hold them.
-        sizes: LMConfig fields for weights that come without a config of their own. BadInput says what is missing.
+        fallback: LMConfig fields for weights that come without a config of their own. BadInput says what is missing.
         `summary` says what was loaded, and warns if something is doubtful.
         """
         weights = Path(weights)
@@ -53,7 +53,7 @@ class Chat:
             tokenizer_path = weights
         if has_vision(weights):
             vision_path = weights
-        parts = load_parts(weights, vision_path, tokenizer_path, device, dtype, fallback=sizes)
+        parts = load_parts(weights, vision_path, tokenizer_path, device, dtype, fallback=fallback)
         self.name = weights.name.removesuffix(".pth")
         self.tokenizer = parts.tokenizer
         self.encoder = parts.encoder
@@ -64,9 +64,9 @@ class Chat:
         self.device = torch.device(device)
         self.dtype = dtype
 
-        # as many frames as the context holds, less one, which leaves room for words
-        held = self.config.max_seq_len // self.config.image_tokens - 1
-        self.max_frames = max(1, min(max_frames, held))
+        # one frame less than fits into the context leaves room for words
+        fitting = self.config.max_seq_len // self.config.image_tokens - 1
+        self.max_frames = max(1, min(max_frames, fitting))
         if int8:
             quantize(self.model, self.device)
             quantize(self.encoder.model, self.device)
@@ -113,7 +113,7 @@ class Chat:
         stop=(),
         stop_event=None,
     ):
-        """Begins an answer: an `Answer`, to be iterated.
+        """Returns an `Answer`; the model runs while it is iterated.
 
         text: the question, or a conversation of (role, text) turns that ends with one and has an `<image>` for each image.
         images: picture files, or pixels (3, S, S) from `to_pixels`.

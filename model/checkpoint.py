@@ -165,11 +165,11 @@ def check_fits(path, state, metadata, config, tokenizer=None, encoder=None):
     tokenizer, encoder: None if they are not known yet.
     """
     found = sizes_of(state)
-    clip = "it was trained with another CLIP: pass that one with --vision_path"
+    other_clip = "it was trained with another CLIP: pass that one with --vision_path"
     hints = {
         "vocab_size": "it was trained with another tokenizer: pass that one with --tokenizer_path",
-        "vision_width": clip,
-        "image_tokens": clip,
+        "vision_width": other_clip,
+        "image_tokens": other_clip,
     }
     if "vision_width" in found:
         found["image_tokens"] = metadata.get("config", {}).get("image_tokens", config.image_tokens)
@@ -224,7 +224,7 @@ def load_vlm(path, config: LMConfig, tokenizer, encoder=None, metadata=None, all
 
 
 def describe(path, state):
-    """One line about weights: file, size, parameters, and what they are of."""
+    """One line about weights: file, size, number of parameters, and which parts they form."""
     megabytes = weights_file(path).stat().st_size / 1e6
     parameters = sum(tensor.numel() for name, tensor in state.items() if name != TIED[1])
     bias = " with a bias" if f"{PROJECTOR}vision_proj.0.bias" in state else ""
@@ -300,7 +300,7 @@ def save_weights(path, model, tokenizer, encoder=None, **metadata):
 
 
 def provenance(config, tokenizer, encoder=None):
-    """Metadata that later proves that weights fit a model, a tokenizer and a CLIP; none for a language model alone."""
+    """Metadata that later shows which sizes, tokenizer and CLIP weights belong to; a language model alone has no CLIP."""
     known = {"tokenizer": tokenizer_hash(tokenizer), "config": json.loads(config.to_json_string())}
     return known if encoder is None else {"encoder": encoder_hash(encoder), **known}
 

@@ -33,8 +33,8 @@ def split_at_images(text, placeholder):
 def conversation_pieces(turns, placeholder, image_ids, bos, eos):
     """The published prompt form, `<s>user\\n...</s>\\n<s>assistant\\n...</s>\\n`, as a list of (piece, is_answer).
 
-    turns: (role, text) pairs; placeholder, image_ids: the config's `image_special_token` and `image_ids`; bos, eos: lists
-    of one id. A piece is text to tokenise, or a list of token ids. Special tokens and pictures are inserted as ids and never
+    turns: (role, text) pairs; a system turn becomes its bare text, without special tokens. placeholder, image_ids: the
+    config's `image_special_token` and `image_ids`; bos, eos: lists of one id. A piece is text to tokenise, or a list of token ids. Special tokens and pictures are inserted as ids and never
     tokenised from text, so neither neighbouring text nor user input can alter or forge them.
     """
     pieces = []
@@ -126,15 +126,15 @@ def pad_left(prompts):
     return input_ids, attention_mask
 
 
-def as_conversation(text, images, config):
-    """A question about `images` pictures as a conversation of one turn.
+def as_conversation(text, num_images, config):
+    """A question about `num_images` pictures as a conversation of one turn.
 
     If the text has no `<image>`, one per picture is put in front, each on its own line. BadInput if it has some, but not
     one per picture.
     """
     mentioned = len(split_at_images(text, config.image_special_token)) - 1
     if not mentioned:
-        return [("user", "<image>\n" * images + text)]
-    if mentioned != images:
-        raise BadInput(f"{images} images were given, but the question has {mentioned} <image>")
+        return [("user", "<image>\n" * num_images + text)]
+    if mentioned != num_images:
+        raise BadInput(f"{num_images} images were given, but the question has {mentioned} <image>")
     return [("user", text)]

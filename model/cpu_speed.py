@@ -53,22 +53,23 @@ class RowLinear(nn.Linear):
     @classmethod
     @torch.inference_mode()
     def install(cls, model):
-        """Turns a model's linear layers into this class if that is faster, except those with a bias or a width not of 8."""
+        """Turns a model's linear layers into this class if that is faster, except those with a bias, or whose output width is not a multiple of 8."""
         layers = [module for module in model.modules() if type(module) is nn.Linear]
         layers = [layer for layer in layers if layer.bias is None and layer.out_features % 8 == 0]
         rows = [layer.weight.new_ones(1, 1, layer.in_features) for layer in layers]
 
         def seconds(kernel):
             """Time to multiply every matrix by a row once."""
-            begun = time.perf_counter()
+            started = time.perf_counter()
             for layer, row in zip(layers, rows, strict=True):
                 kernel(row, layer.weight)
-            return time.perf_counter() - begun
+            return time.perf_counter() - started
 
         times = {kernel: min(seconds(kernel) for _ in range(4)) for kernel in (F.linear, matvec, sliced_bmm)}
         fastest = min(times, key=times.get)
         # require a clear win: otherwise noise would decide, and with it how answers are rounded
         if times[fastest] < 0.8 * times[F.linear]:
             for layer in layers:
+                # change the class in place: names, weights and references to the layers stay as they are
                 layer.__class__ = cls
                 layer.kernel = fastest

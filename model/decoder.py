@@ -12,7 +12,7 @@ from .LMConfig import LMConfig
 class KVCache:
     """Keys and values of a batch of conversations, in memory allocated once; `update` returns views, never copies.
 
-    Its three methods are what the model calls of transformers' caches. For a captured graph, whose shapes never change, set
+    It has the three methods of transformers' caches that the model calls. For a captured graph, whose shapes never change, set
     `column`, a tensor (1,): new keys and values (B, K, 1, C) are written to that column, and all columns are returned.
     """
 
@@ -45,7 +45,8 @@ class Decoder:
     """A model and the cache of a batch of answers: `prompt` reads the questions, `step` one more token of each answer."""
 
     def __init__(self, model, batch, length):
-        self.model, self.config = model, model.config
+        self.model = model
+        self.config = model.config
         weights = model.tok_embeddings.weight
         self.cache = KVCache(self.config, batch, length, weights.device, weights.dtype)
 
@@ -71,7 +72,7 @@ class GraphDecoder(Decoder):
 
     A graph has fixed shapes and reads fixed memory. So attention goes over all `length` columns of the cache, under a mask,
     and the current position is kept on the device, where the graph itself increments it. On a CPU the same step runs without
-    a graph; that is slower than `Decoder`, and there to compare the two.
+    a graph; that is slower than `Decoder`, and exists only to compare the two.
     """
 
     def __init__(self, model, batch, length):

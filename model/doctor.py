@@ -36,7 +36,7 @@ from .stages import DEMO_LLM, DEMO_MODEL, STAGES, answering_stage, weights_path
 from .vision_utils import load_vision
 
 SAMPLE = 20  # records that are checked besides the first and the last
-PICTURE = 32  # pixels on a side, to which their pictures are resized
+IMAGE_SIZE = 32  # pixels; small, as only whether a picture can be read matters
 # on disk for each parameter: weights, resume state (with Adam's two), and the copy that replaces it
 BYTES = 4 + 12 + 12
 PUBLISHED_IDS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<": 30, ">": 32}
@@ -69,7 +69,8 @@ def unlike_published(tokenizer):
 def sample_of(path):
     """Counts the records; returns the count and the first, the last and a random sample (reservoir sampling)."""
     records = enumerate(tqdm(read_records(path), desc=str(path), unit=" records", disable=None, leave=False))
-    kept, last = {}, next(records)
+    kept = {}
+    last = next(records)
     for following in records:
         number = last[0]
         slot = number if number <= SAMPLE else random.randint(1, number)  # 0 is the first record's
@@ -130,7 +131,8 @@ class Doctor:
 
     def __init__(self, args):
         build_config({}, None, None, sizes=model_sizes(args))  # refuses flags that fit no model
-        self.args, self.marks = args, {}
+        self.args = args
+        self.marks = {}
         self.tokenizer = self.encoder = None
         self.makers = {stage.writes: self.command(stage.command) for stage in STAGES.values()}
         self.weights = {name: weights_path(args.out_dir, args, name) for name in ("llm", *self.makers)}
@@ -139,7 +141,7 @@ class Doctor:
 
     @property
     def config(self):
-        """The model that is to be trained; the published one in what a missing tokenizer or CLIP would decide."""
+        """The configuration to train; while tokenizer or CLIP is missing, the published values stand in for theirs."""
         return build_config({}, self.tokenizer, self.encoder, sizes=model_sizes(self.args))
 
     def command(self, command):
@@ -176,12 +178,13 @@ class Doctor:
     def check_tokenizer(self):
         """Accepts the published one, and any that some weights here say they were trained with."""
         self.tokenizer = load_tokenizer(self.args.tokenizer_path)
-        kind, count = tokenizer_hash(self.tokenizer), f"{len(self.tokenizer):,} tokens"
-        if kind == PUBLISHED_TOKENIZER:
+        own_hash = tokenizer_hash(self.tokenizer)
+        count = f"{len(self.tokenizer):,} tokens"
+        if own_hash == PUBLISHED_TOKENIZER:
             return f"{count}, the published one"
         for file in self.weights.values():
-            if read_metadata(file).get("tokenizer") == kind:
-                return f"{count}, those with which {file} was trained"
+            if read_metadata(file).get("tokenizer") == own_hash:
+                return f"{count}, the ones that {file} was trained with"
         raise BadInput(
             f"it is not the published minimind_tokenizer ({unlike_published(self.tokenizer)}), and no weights here say "
             "that they were trained with it: take the one of the first MiniMind-V"
@@ -234,16 +237,17 @@ class Doctor:
         if not folder.is_dir():
             self.report("missing", what, folder, get)
             return
-        bad, prefix = [], coco_prefix(folder, next(chain(*names), ""))
+        bad = []
+        prefix = coco_prefix(folder, next(chain(*names), ""))
         for its_names in names:
             try:
                 for name in its_names:
-                    read_pixels(folder / f"{prefix}{name}", PICTURE)
+                    read_pixels(folder / f"{prefix}{name}", IMAGE_SIZE)
             except BadRecord as problem:
                 bad.append(problem)
         try:
             remark = left_out(bad, len(names))
-            self.report("ok", what, folder, f"those of {len(names)} sampled records{remark}")
+            self.report("ok", what, folder, f"checked in {len(names)} sampled records{remark}")
         except BadRecord as problem:
             mark = "missing" if problem.reason == "picture missing" else "wrong"
             self.report(mark, what, folder, f"{problem}; or {get}")

@@ -57,7 +57,7 @@ A tiny vision-language model, made with MiniMind-V: {parameters:,} parameters of
 {example}
 ```
 
-`trust_remote_code=True` runs the code that lies in this folder, and nothing else. Answers come best in float32 or bfloat16.
+`trust_remote_code=True` runs the code in this folder, and nothing else. Use float32 or bfloat16.
 
 ## Sizes
 
@@ -107,7 +107,7 @@ def export(weights, folder, tokenizer_path, vision_path, with_vision):
     for name in TOKENIZER_FILES:
         if (Path(tokenizer_path) / name).exists():
             shutil.copyfile(Path(tokenizer_path) / name, folder / name)
-    clip = "with it in this folder" if with_vision else "not in this folder: set `model.vision_encoder`"
+    clip = "included in this folder" if with_vision else "not in this folder: set `model.vision_encoder`"
     (folder / "README.md").write_text(card(folder.name, state, config, metadata, clip), encoding="utf-8")
 
 

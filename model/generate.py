@@ -31,12 +31,12 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    "max_new_tokens": Setting(int, 1, 100_000, 256, "longest answer in tokens, the question not counted"),
-    "temperature": Setting(float, 0, 2, 0.5, "0 always takes the likeliest token; the higher, the more varied"),
-    "top_k": Setting(int, 0, 100_000, 8, "draw only from this many likeliest tokens; 0 for all"),
-    "top_p": Setting(float, 0, 1, 1.0, "draw only from the likeliest tokens that together have this probability"),
-    "repetition_penalty": Setting(float, 0.1, 10, 1.0, "above 1, tokens that were there before become less likely"),
-    "seed": Setting(int, 0, 2**63 - 1, None, "the same seed draws the same answer (default: another each time)"),
+    "max_new_tokens": Setting(int, 1, 100_000, 256, "longest answer in tokens, without the question"),
+    "temperature": Setting(float, 0, 2, 0.5, "0 always takes the most likely token; higher values vary more"),
+    "top_k": Setting(int, 0, 100_000, 8, "draw only from the k most likely tokens; 0 for all"),
+    "top_p": Setting(float, 0, 1, 1.0, "draw only from the most likely tokens that together have this probability"),
+    "repetition_penalty": Setting(float, 0.1, 10, 1.0, "above 1, tokens that already occurred become less likely"),
+    "seed": Setting(int, 0, 2**63 - 1, None, "the same seed gives the same answer (default: a new one each time)"),
 }
 
 
@@ -108,11 +108,12 @@ class Answer:
     def tokens(self):
         """Token ids one by one, until `finish_reason` is set."""
         with self.chat.decoder(self.ids.shape[1]) as decoder:
-            yield from self.decode_tokens(decoder)
+            yield from self.generate_tokens(decoder)
 
-    def decode_tokens(self, decoder):
+    def generate_tokens(self, decoder):
+        """Token ids one by one: the question is read, then each token is sampled and read in turn."""
         chat = self.chat
-        begun = time.perf_counter()
+        started = time.perf_counter()
         length = self.prompt_tokens  # of question and answer so far
         while length < self.ids.shape[1]:
             # a client that has gone, or a user who has seen enough
@@ -133,7 +134,7 @@ class Answer:
             token = self.ids[0, length - 1].item()
 
             # the time to the first token includes CLIP and the question; the speed is that of all later ones
-            seconds = time.perf_counter() - begun
+            seconds = time.perf_counter() - started
             if self.first_token_seconds is None:
                 self.first_token_seconds = seconds
             else:

@@ -83,7 +83,7 @@ def read_pixels(path, size):
 
 VIDEOS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".webm": "webm", ".mkv": "matroska"}  # suffix -> PyAV's name
 ANIMATED = ("GIF", "WEBP", "PNG")  # Pillow's animated formats; in others, further frames are pages or thumbnails
-MAX_PIXELS = 50_000_000  # of one frame of a video
+MAX_PIXELS = 50_000_000  # of one frame of a video, or of a picture sent to the server
 
 
 def frame_indices(count, max_frames):
@@ -134,7 +134,9 @@ def video_frames(file, format, size, max_frames, max_pixels=math.inf):
             # count the frames without decoding them: what the container says of their number is often missing or wrong
             count = sum(1 for packet in container.demux(stream) if packet.size)
             if count * stream.width * stream.height > max_pixels:
-                raise BadInput(f"{count} frames of {stream.width}x{stream.height} are too long a video: cut it")
+                raise BadInput(
+                    f"the video has {count} frames of {stream.width}x{stream.height}, too many of this size: shorten it"
+                )
 
             # decode from the beginning and keep the chosen ones; seeking would only find key frames
             container.seek(0)

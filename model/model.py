@@ -2,6 +2,8 @@
 
 Shapes: B batch, T new tokens, S all tokens (cached and new), D model width, H heads, K key/value heads,
 C = D / H width of a head, E routed experts.
+
+A "device sync", here and in other files, is the CPU waiting for the GPU: to read a value, or a size that depends on values.
 """
 
 import torch
@@ -26,7 +28,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary_freqs(position_ids, head_dim, theta):
-    """position_ids (B, T) -> complex numbers of size 1 (B, 1, T, C/2): multiplying by them rotates pair k of a head.
+    """position_ids (B, T) -> complex numbers of magnitude 1 (B, 1, T, C/2): multiplying by them rotates pair k of a head.
 
     Computed per call: no buffer to restore after loading, no maximum length.
     """
@@ -278,7 +280,7 @@ class MiniMindLM(PreTrainedModel, GenerationMixin):
             init.normal_(out.weight, std=0.02 / (2 * self.config.n_layers) ** 0.5)
 
     def embed(self, input_ids, image_features=None):
-        """input_ids (B, T) -> input of the first layer (B, T, D). Of the forward, the vision model overrides only this."""
+        """input_ids (B, T) -> input of the first layer (B, T, D). The only part of `forward` that the vision model overrides."""
         if image_features is not None:
             raise ValueError("MiniMindLM reads text only; use MiniMindVLM for image_features")
         return self.tok_embeddings(input_ids)
@@ -318,7 +320,7 @@ class MiniMindLM(PreTrainedModel, GenerationMixin):
             past_key_values = DynamicCache(config=self.config)
         start = past_key_values.get_seq_length() if past_key_values is not None else 0  # tokens in the cache
 
-        # where each token stands, and what it may attend to: the same for all layers
+        # the position of each token, and what it may attend to: the same for all layers
         if position_ids is None:
             position_ids = create_position_ids(attention_mask, start, input_ids)
         freqs = rotary_freqs(position_ids, self.config.head_dim, self.config.rope_theta)  # (B, 1, T, C/2)

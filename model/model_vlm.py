@@ -32,8 +32,8 @@ class MiniMindVLM(MiniMindLM):
     def embed(self, input_ids, image_features=None):
         """Embeddings (B, T, D) of the tokens, with each placeholder's P positions overwritten by its projected picture.
 
-        ValueError if the number of pictures differs from the number of placeholders. The check costs a device sync and a
-        graph break under `--compile`, so it is skipped while training there: the dataset has already made it.
+        ValueError if the number of pictures differs from the number of placeholders. The check costs a device sync on a
+        GPU and a graph break under `--compile`, so training skips it in both cases: the dataset has already made it.
         """
         embeddings = self.tok_embeddings(input_ids)  # (B, T, D)
         if not self.training and image_features is None and input_ids.shape[1] < self.config.image_tokens:
@@ -48,8 +48,8 @@ class MiniMindVLM(MiniMindLM):
         if not num_images and not self.training:
             return embeddings
 
-        # text-only batch: run the projector on zero pictures, so that it has a (zero) gradient and DDP doesn't hang on
-        # ranks that do have pictures
+        # text-only batch: run the projector on zero pictures, so that it has a (zero) gradient: under DDP, ranks with
+        # pictures would otherwise wait for it forever
         if image_features is None:
             image_features = embeddings.new_zeros(0, self.config.image_tokens, self.config.vision_width)
 

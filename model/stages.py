@@ -14,12 +14,14 @@ DEMO_MODEL = {
     "images_path": "dataset/demo_world/images",
 }
 DEMO_LLM = "model/demo/192_llm.pth"
-# of training
+# its defaults for training alone
 DEMO_TRAINING = {"cache_features": True, "learning_rate": 1e-3, "warmup_iters": 20}
+# and for answering: its questions have one right answer
+DEMO_ANSWERING = {**DEMO_MODEL, "temperature": 0.0}
 
 
 class Stage(NamedTuple):
-    """One stage of training. Weights are named in `out_dir`, as in 512_vlm_sft.pth or 768_moe_vlm_sft.pth."""
+    """One stage of training. Its weights are files in `out_dir`, e.g. 512_vlm_sft.pth or 768_moe_vlm_sft.pth."""
 
     command: str  # what a person types
     title: str  # of its runs in Weights & Biases
@@ -78,5 +80,5 @@ def answering_stage(multi):
 
 
 def weights_path(out_dir, config_or_args, name):
-    """Where weights of that name lie, as in out/512_moe_vlm_sft.pth; takes anything with `dim` and `use_moe`."""
+    """The path of the weights `name`, e.g. out/512_moe_vlm_sft.pth; takes anything with `dim` and `use_moe`."""
     return Path(out_dir) / f"{config_or_args.dim}{'_moe' if config_or_args.use_moe else ''}_{name}.pth"

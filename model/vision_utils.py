@@ -107,7 +107,7 @@ def load_vision(folder, device="cpu", dtype=torch.float32):
             f"{folder} is not a CLIP (model_type {config.get('model_type')}): name a CLIP's folder with --vision_path"
         )
 
-    # transformers would fill gaps with random numbers: it reports them instead, and they are refused below
+    # transformers fills gaps with random numbers; ask it to report them, and refuse them below
     try:
         with quiet_transformers():
             model, info = CLIPVisionModel.from_pretrained(
@@ -140,7 +140,7 @@ def has_vision(folder):
 
 
 def bundled_vision(folder):
-    """The CLIP in such a folder, as a `CLIPVisionModel`."""
+    """The CLIP inside a MiniMind-V folder, as a `CLIPVisionModel`."""
     config = read_json_object(folder / "config.json")["vision_config"]
     model = CLIPVisionModel(CLIPVisionConfig(**config))
     try:

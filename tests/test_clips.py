@@ -151,7 +151,7 @@ def test_the_api_refuses_unreadable_videos(client, tmp_path, monkeypatch):
         (part("image_url", data_url(film, "video/mp4")), "a video should be sent as video_url"),
         (part("video_url", "data:video/mp4;base64,AAAA"), "picture 1 can't be read: Invalid data"),
         (part("video_url", data_url(film, "video/x-msvideo")), "not a picture or video, or not in a supported format"),
-        (part("video_url", data_url(long, "video/mp4")), "50 frames of 64x48 are too long a video: cut it"),
+        (part("video_url", data_url(long, "video/mp4")), "50 frames of 64x48, too many of this size: shorten it"),
         (part("video_url", data_url(heavy, "image/gif")), "it has 40 frames, too many of this size: shorten it"),
         (part("video_url", "http://example.com/a.mp4"), "only data: URLs are supported"),
     ):

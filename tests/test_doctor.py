@@ -58,14 +58,14 @@ def test_all_is_there(home):
     assert code == 0 and marks(found, "ok") == [*found]
     said = {what: text for what, (_, text) in found.items()}
     assert said["CLIP"].endswith(": 5 tokens, 48 wide, for a picture of 64x64")
-    assert said["tokenizer"].endswith(": 476 tokens, those with which out/64_llm.pth was trained")
+    assert said["tokenizer"].endswith(": 476 tokens, the ones that out/64_llm.pth was trained with")
     content = (home / "out/64_vlm_sft.pth").read_bytes()
     digest = hashlib.sha256(content).hexdigest()[:12]
     assert said["64_vlm_sft.pth"] == (
         f"out/64_vlm_sft.pth, {len(content) / 1e6:.1f} MB, sha256 {digest}: 132,160 parameters of language model and projector"
     )
     assert said["pretrain records"].endswith(": 48 records")
-    assert said["sft pictures"] == "dataset/sft_images: those of 22 sampled records"
+    assert said["sft pictures"] == "dataset/sft_images: checked in 22 sampled records"
     assert said["sft_multi records"].startswith("dataset/sft_multi_vlm_data.json, ")
     assert "cores" in said["device"] and "GB free" in said["disk"]
     assert verdicts == [
@@ -152,7 +152,7 @@ def test_the_demo(tmp_path, world):
     shutil.copytree(ROOT / "model/demo", tmp_path / "model/demo", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     code, found, verdicts = doctor(tmp_path, "--demo", "--device", "cpu")
     assert code == 0 and marks(found, "missing") == [f"192_vlm_{name}.pth" for name in ("pretrain", "sft", "sft_multi")]
-    assert found["tokenizer"][1].endswith("476 tokens, those with which model/demo/192_llm.pth was trained")
+    assert found["tokenizer"][1].endswith("476 tokens, the ones that model/demo/192_llm.pth was trained with")
     assert "will be drawn" in found["sft pictures"][1]
     assert "2-sft_vlm.py --demo makes it" in found["192_vlm_sft.pth"][1]
     assert verdicts[:2] == [

@@ -70,8 +70,8 @@ class FeatureCache:
             return 0, {}
         return note.get("done", 0), note["bad"]
 
-    def build(self, encoder, pictures, loader, update):
-        """Runs CLIP over a number of `pictures` and writes their features, continuing after the rows that are done.
+    def build(self, encoder, num_pictures, loader, update):
+        """Runs CLIP over `num_pictures` pictures and writes their features, continuing after the rows that are done.
 
         loader: yields the rest, in the order of the rows, as uint8 pixels (N, 3, S, S) and a list of N problems, None
         for a good picture. update: called with the number of new rows. OSError if the disk has no room for all rows.
@@ -81,7 +81,7 @@ class FeatureCache:
         done, bad = self.progress()
         self.write_note(done, bad)
 
-        shape = (pictures, encoder.image_tokens, encoder.vision_width)
+        shape = (num_pictures, encoder.image_tokens, encoder.vision_width)
         mode = "r+" if done else "w+"
         array = np.lib.format.open_memmap(self.partial, mode=mode, dtype=np.float16, shape=shape)
         if hasattr(os, "posix_fallocate"):

@@ -50,7 +50,7 @@ class GraphedForwardBackward:
         """
         inputs = {name: None if x is None else self.buffer(name, x) for name, x in batch.items()}
         graph = torch.cuda.CUDAGraph()
-        # thread_local: the DataLoader's thread may go on pinning memory, which a stricter mode would take for an error
+        # thread_local: the DataLoader's thread may continue to pin memory, which a stricter mode treats as an error
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             loss = self.forward_backward(inputs, self.answer_tokens)
         return inputs, graph, loss

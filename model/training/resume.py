@@ -1,6 +1,6 @@
 """Resume states: what a run saves in order to continue as if it had never stopped, and what must not change meanwhile.
 
-A state stands beside the weights, as `x_resume.pth` beside `x.pth`. It holds no random numbers: every step reseeds from
+A state is saved beside the weights: `x_resume.pth` beside `x.pth`. It holds no random numbers: every step reseeds from
 (seed, step, rank), and samplers from (seed, epoch), so the step alone says where a run is.
 """
 
@@ -15,7 +15,7 @@ from model.files import write_atomically
 
 FORMAT = 3  # raise it with every change of what a state holds
 
-# flags that decide what a step computes; batch size, accumulation and processes may change if their product stays
+# flags that decide what a step computes; batch size, accumulation and processes may change if their product stays the same
 FIXED_FLAGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "use_moe", "epochs", "learning_rate")
 FIXED_FLAGS += ("grad_clip", "warmup_iters", "seed", "freeze_llm", "val_fraction", "batch_tokens")
 
@@ -87,7 +87,7 @@ def state_dict(run):
 
 
 def load_state_dict(run, state):
-    """Takes a run to where `state` was saved. BadInput lists every invariant that differs."""
+    """Puts a run back to where `state` was saved. BadInput lists every invariant that differs."""
     # refuse to continue as something else: the losses would no longer be those of one run
     invariants = resume_invariants(run)
     different = []
@@ -100,7 +100,7 @@ def load_state_dict(run, state):
             "start over without --resume"
         )
 
-    # what the optimizer learns and has learned
+    # the weights, and what the optimizer has accumulated
     run.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
@@ -110,5 +110,5 @@ def load_state_dict(run, state):
     run.stats.load_state_dict(state["running_stats"])
     run.problems.merge([state["problems"]])
 
-    # where it logs
+    # the run at Weights & Biases to continue
     run.wandb_id = state["wandb_id"]

@@ -37,7 +37,7 @@ class RunningStats:
         self.samples_seen += samples
 
     def collect(self, processes):
-        """A dictionary of what the steps since the last call come to; then starts over. Syncs with the device.
+        """Returns a summary of the steps since the last call, and starts a new one. Syncs with the device.
 
         loss: the mean over finite steps, NaN if there are none. grad_norm: the last step's. nonfinite_streak (the
         longest) and skipped are the whole run's.

@@ -263,7 +263,7 @@ class Run:
         self.use_cuda_graphs = can_use_cuda_graphs(args, self.dtype, processes.world_size)
 
         # training data
-        train_indices, val_indices = train_val_split(len(dataset), args.val_fraction, args.seed)
+        train_indices, val_indices = train_val_split(len(dataset), 0.0 if val_dataset else args.val_fraction, args.seed)
         step_size = global_batch_size(args, processes.world_size, resume_state)
         self.sampler = make_sampler(args, dataset.lengths, train_indices, step_size, processes)
         self.loader = make_loader(dataset, self.sampler, args, few_shapes=self.use_cuda_graphs)
@@ -369,6 +369,7 @@ class Run:
         if self.step < self.total_steps:
             if self.processes.is_main:
                 tell("stopped; add --resume to the same command to continue")
+            # without a signal of its own, this process stops because another one was asked to
             sys.exit(128 + (stop.signal or signal.SIGTERM))
 
     # --- a step ---
@@ -464,11 +465,12 @@ class Run:
     # --- what is measured and saved ---
 
     def collect_metrics(self, started):
-        """Metrics of the steps since the last log line, made since `started`. BadInput if training diverges."""
+        """Metrics of the steps since the last log line. started: when they began. BadInput if training diverges."""
         stats = self.stats.collect(self.processes)
         seconds = time.time() - started  # after the device sync in `collect`, so the steps are done
         if stats["nonfinite_streak"] >= PATIENCE:
-            kept, start = "", "Start a new run with"
+            kept = ""
+            start = "Start a new run with"
             if self.weights_file.exists():
                 kept = f" {self.weights_file} still holds the last good weights."
                 start += f" --from_weights {self.weights_file} and"
@@ -512,7 +514,7 @@ class Run:
         if not self.processes.is_main:
             return True
 
-        # never overwrite good weights by bad ones
+        # never overwrite good weights with bad ones
         if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
             tell(f"the weights contain NaN or inf: {self.weights_file} was not overwritten")
             return False
@@ -526,7 +528,7 @@ class Run:
         }
         metadata = {"stage": self.stage, "step": self.step, "training": [*self.history, this_stage]}
 
-        # weights first: if the state then fails, the older state recomputes the same steps
+        # weights first: if saving the state then fails, resuming from the older one repeats the same steps
         try:
             save_weights(self.weights_file, self.model, self.tokenizer, self.encoder, **metadata)
             save_state(state_file(self.weights_file), self)
