@@ -175,26 +175,30 @@ class Chat:
         """
         answers = [None] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # similar lengths, little padding
-        graph = GraphDecoder(self.model, batch_size, self.config.max_seq_len) if self.device.type == "cuda" else None
+        longest = self.config.max_seq_len
+        graph = None
+        if self.device.type == "cuda":
+            graph = GraphDecoder(self.model, batch_size, longest + max_new_tokens)
         for batch in (order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)):
             # a captured graph has a fixed batch size: repeat the last question to fill it
             rows = batch + batch[-1:] * (batch_size - len(batch)) if graph else batch
             input_ids, mask = pad_left([prompts[i] for i in rows])  # (B, T)
-            limit = min(max_new_tokens, self.config.max_seq_len - input_ids.shape[1])
-            decoder = graph or Decoder(self.model, len(rows), input_ids.shape[1] + limit)
+            decoder = graph or Decoder(self.model, len(rows), input_ids.shape[1] + max_new_tokens)
 
             # the questions with their pictures, then a token of each answer a step, until all have ended
             images = torch.cat([features[i] for i in rows])  # (N, P, V)
             scores = decoder.prompt(input_ids.to(self.device), images, mask.to(self.device))  # (B, vocab_size)
             tokens = [scores.argmax(dim=-1, keepdim=True)]
             ended = tokens[0] == self.config.eos_token_id  # (B, 1)
-            while len(tokens) < limit and not ended.all():
+            while len(tokens) < max_new_tokens and not ended.all():
                 scores = decoder.step(tokens[-1])
                 tokens.append(scores.argmax(dim=-1, keepdim=True))
                 ended |= tokens[-1] == self.config.eos_token_id
 
+            # an answer ends at its own </s>, or where its own question and it fill the context
             for i, ids in zip(batch, torch.cat(tokens, dim=1).tolist(), strict=False):
-                answers[i] = self.decode([*ids, self.config.eos_token_id])
+                room = longest - len(prompts[i])
+                answers[i] = self.decode([*ids[:room], self.config.eos_token_id])
         return answers
 
     def decode(self, ids):

@@ -292,3 +292,14 @@ def test_a_step_of_fixed_shapes_scores_as_one_that_grows(chat, pictures):
         if decoder is growing:
             expected = torch.stack(scores)
         torch.testing.assert_close(torch.stack(scores), expected)
+
+
+def test_a_long_question_leaves_the_other_answers_of_its_batch_as_they_are(chat, pictures):
+    turns = [as_conversation(text, 1, chat.config) for text in ("?", "左上角是什么颜色?", "?" * 110)]
+    prompts = [chat.encode_prompt(one)[0].tolist() for one in turns]
+    assert 128 - 10 < len(prompts[2]) < 128  # the context holds 128
+    features = list(chat.encode_images(pictures[:3])[:, None])
+    alone = [chat.answer_all([prompt], [one])[0] for prompt, one in zip(prompts, features, strict=True)]
+    assert chat.answer_all(prompts, features) == alone
+    written = [len(chat.tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in alone]
+    assert written[2] <= 128 - len(prompts[2]) < min(written[:2])
