@@ -12,7 +12,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model.arguments import parse_with_demo
+from model.arguments import TOKENIZER_PATH, parse_with_demo
 from model.checkpoint import load_tokenizer
 from model.conversation import tokenizer_fields
 from model.errors import BadRecord, run_script
@@ -69,7 +69,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", metavar="FILE", help="the JSON file of records")
     parser.add_argument("--images_path", default="dataset/pretrain_images", help="folder of its pictures")
-    parser.add_argument("--tokenizer_path", default="model/minimind_tokenizer", help="folder of the tokenizer")
+    parser.add_argument("--tokenizer_path", default=TOKENIZER_PATH, help="folder of the tokenizer")
     parser.add_argument("--max_seq_len", type=int, default=512, help="as in training")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes that read pictures")
     demo = {name: DEMO_MODEL[name] for name in ("images_path", "tokenizer_path")}

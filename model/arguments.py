@@ -208,7 +208,10 @@ def pick_dtype(name, device):
 
 
 def load_chat(args):
-    """The `Chat` that the command line asks for; the script must have added `--multi`. BadInput says which stages to run if the demo's weights are missing."""
+    """The `Chat` that the command line asks for; the script must have added `--multi`.
+
+    BadInput says which stages to run if the demo's weights are missing.
+    """
     weights = args.weights
     if not weights:
         wanted = answering_stage(args.multi)
