@@ -197,11 +197,8 @@ class Chat:
 
             # an answer ends at its own </s>, or where its own question and it fill the context
             for i, ids in zip(batch, torch.cat(tokens, dim=1).tolist(), strict=False):
-                room = longest - len(prompts[i])
-                answers[i] = self.decode([*ids[:room], self.config.eos_token_id])
+                ids = ids[: longest - len(prompts[i])]
+                if self.config.eos_token_id in ids:
+                    ids = ids[: ids.index(self.config.eos_token_id)]
+                answers[i] = self.tokenizer.decode(ids, skip_special_tokens=True)
         return answers
-
-    def decode(self, ids):
-        """The text of an answer's token ids, up to the first `</s>`."""
-        ids = ids[: ids.index(self.config.eos_token_id)]
-        return self.tokenizer.decode(ids, skip_special_tokens=True)

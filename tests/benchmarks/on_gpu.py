@@ -120,7 +120,8 @@ class Bench:
         processes = Processes(args.device)
         if args.cache_features:
             places = {"folder": self.folder / "out" / "features", "vision_path": args.vision_path}
-            dataset.features = open_cache(dataset, encoder, processes, **places, num_workers=args.num_workers)
+            cache = open_cache(dataset, encoder, processes, **places, num_workers=args.num_workers)
+            dataset.use_features(cache)
         torch.manual_seed(args.seed)
         model = MiniMindVLM(self.config(encoder, dim=args.dim, n_layers=args.n_layers, use_moe=args.use_moe, **config))
         return Run(
