@@ -178,6 +178,7 @@ def test_a_piece_without_tokens_of_its_own_has_a_heat_map(visit, pictures):
     page.route("**/completions", lambda route: route.fulfill(content_type="text/event-stream", body=body))
     ask(page, "?")
     page.get_by_role("button", name="What it looked at").click()
+    expect(page.locator(".heat canvas")).to_have_count(1)
     page.locator(".token").nth(1).hover()
     expect(page.locator(".token").nth(1)).to_have_class("token shown")
     expect(page.locator(".heat figcaption")).to_have_text(re.compile(r"^\d+% of this step's attention"))

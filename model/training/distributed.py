@@ -79,6 +79,9 @@ class Processes:
         if self.world_size > 1:
             dist.destroy_process_group()
 
+            # ends gloo's threads: one that still holds a tensor while Python exits would abort the process
+            self.host_group = None
+
 
 class Stop:
     """Catches Ctrl-C and SIGTERM, so that the loop ends after its step. A second Ctrl-C ends the process at once.
