@@ -146,14 +146,14 @@ def show_answers(chat, folder, settings):
         print()
 
 
-def show_score(chat, files, images_path):
+def show_score(chat, files, images_path, out_dir):
     """A table of exact matches per kind of question for each labelled file."""
-    demo.build_if_asked_for(files[0])
+    demo.build_if_asked_for(files)
     for file in files:
         print(
             f"\n{file}: share of exactly right answers\n{'kind':<12}{'questions':>10}{'right image':>14}{'shuffled image':>17}"
         )
-        for kind, (count, own, others) in score(chat, file, images_path).items():
+        for kind, (count, own, others) in score(chat, file, images_path, out_dir).items():
             shuffled = "-" if others is None else f"{others:.1%}"
             print(f"{kind:<12}{count:>10}{own:>14.1%}{shuffled:>17}")
 
@@ -173,7 +173,9 @@ def main():
     parser.add_argument(
         "--score", nargs="+", metavar="FILE", help="answer these labelled files and count the right answers"
     )
-    parser.add_argument("--images_path", default="dataset/sft_images", help="folder of the pictures of --score")
+    parser.add_argument(
+        "--images_path", default="dataset/sft_images", help="folder or archive of the pictures of --score"
+    )
     args = parse_with_demo(parser, DEMO_ANSWERING)
     chat = load_chat(args)
     print(chat.summary)
@@ -187,7 +189,7 @@ def main():
     if args.demo and not files:
         files = [demo.FOLDER / f"score_{name}.json" for name in DEMO_SCORES[args.multi]]
     if files:
-        show_score(chat, files, args.images_path)
+        show_score(chat, files, args.images_path, args.out_dir)
 
 
 if __name__ == "__main__":

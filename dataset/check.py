@@ -1,6 +1,7 @@
-"""Reads a file of records and all its pictures before training does; reports which can't be used, and why.
+"""Reads files of records, of any form, and all their pictures before training does; reports which can't be used, and why.
 
 python -m dataset.check dataset/pretrain_vlm_data.json --images_path dataset/pretrain_images
+python -m dataset.check dataset/pretrain_i2t.parquet     # with the pictures inside
 """
 
 import argparse
@@ -50,7 +51,7 @@ def report(dataset):
     total = dataset.problems.total
     by_reason = dataset.problems.by_reason
     bad = set().union(*by_reason.values())
-    lines = [f"{total:,} records, {total - len(bad):,} can be used"]
+    lines = [dataset.describe(), f"{total:,} records, {total - len(bad):,} can be used"]
     lines += [f"  {len(numbers):,} skipped: {reason}" for reason, numbers in by_reason.items()]
 
     lengths = dataset.lengths
@@ -67,8 +68,9 @@ def report(dataset):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", metavar="FILE", help="the JSON file of records")
-    parser.add_argument("--images_path", default="dataset/pretrain_images", help="folder of its pictures")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="files of records, or a folder of them")
+    parser.add_argument("--images_path", default="dataset/pretrain_images", help="folder or archive of their pictures")
+    parser.add_argument("--out_dir", default="out", help="folder in which Parquet files are unpacked")
     parser.add_argument("--tokenizer_path", default=TOKENIZER_PATH, help="folder of the tokenizer")
     parser.add_argument("--max_seq_len", type=int, default=512, help="as in training")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes that read pictures")
@@ -79,7 +81,9 @@ def main():
 
     # any number of bad records is tolerated: all of them should be reported
     strictness = {"strict": False, "max_fraction": 1.0, "notify": tqdm.write}
-    dataset = VLMDataset(args.file, args.images_path, tokenizer, config, args.max_seq_len, IMAGE_SIZE, **strictness)
+    dataset = VLMDataset(
+        args.files, args.images_path, tokenizer, config, args.max_seq_len, IMAGE_SIZE, args.out_dir, **strictness
+    )
     check_pictures(dataset, args.num_workers)
     print(report(dataset))
     sys.exit(bool(dataset.problems.count))

@@ -1,15 +1,15 @@
-"""Converts a CSV or JSONL file of captions, or of questions and answers, to the JSON records that training reads.
+"""Converts a CSV or JSON file of captions, or of questions and answers, to the JSON records that training reads.
 
     python -m dataset.convert captions.csv photos/ my_photos.json
     python -m dataset.convert captions.csv photos/ my_photos.json --question "What is in this picture?"
 
 CSV: UTF-8, with a header line that names the columns `image`, `caption` (or `answer`) and, if there are questions,
-`question`, separated by `,`, `;` or tabs. JSONL, in a file named .jsonl, .ndjson or .json: one object per line with the same
-names, or a ready record with `conversations`. `image` may name several pictures, as in `a.jpg, b.jpg`; one `<image>` for each
+`question`, separated by `,`, `;` or tabs. JSON, in a file named .jsonl, .ndjson or .json: one object per line, or a list of them, with the same
+names, or ready records of the forms that training reads. `image` may name several pictures, as in `a.jpg, b.jpg`; one `<image>` for each
 is put before the question unless it has its own. A row without a question gets the one of --question.
 
 Only the headers of pictures are read, which keeps large folders fast; truncated pictures surface in training. Errors are
-reported with their line number, and the target is written only if there are none.
+reported with their line or number, and the target is written only if there are none.
 """
 
 import argparse
@@ -19,17 +19,17 @@ import functools
 import io
 import json
 import os
-import re
 import shlex
 from pathlib import Path
 
 from PIL import Image
 
-from model.errors import BadInput, run_script
+from model.errors import BadInput, BadRecord, run_script
 from model.files import write_atomically
 from model.LMConfig import LMConfig
 
-from .records import CAPTION_PROMPT, make_record, parse_record
+from .records import CAPTION_PROMPT, TALK_KEYS, make_record, parse_record
+from .source import Source
 
 COLUMNS = ("image", "caption", "answer", "question")
 MAX_SHOWN = 10  # bad lines that are listed
@@ -54,7 +54,7 @@ def read_text(source):
 
 
 def csv_rows(source, text):
-    """Yields (its first line, {column: cell}) for each row; cells beyond the last column are a list under None."""
+    """Yields (where, {column: cell}) for each row, by its first line; cells beyond the last column are a list under None."""
     # the separator is the one that finds most of our columns in the header
     header_line = text.split("\n", 1)[0]
     columns_found = {}
@@ -80,31 +80,22 @@ def csv_rows(source, text):
             if any(cell.strip() for cell in cells):
                 row = dict(zip(header, cells, strict=False))
                 row[None] = cells[len(header) :]
-                yield line, row
+                yield f"{source}, line {line}", row
             line = reader.line_num + 1
     except csv.Error as error:
         raise BadInput(f"{source}, line {line}: a missing or extra quotation mark ({error})") from None
 
 
-def jsonl_rows(source, text):
-    """Yields (line number, line) for each line of JSONL that is not empty. BadInput if the file is one JSON list."""
-    if re.match(r"\s*\[\s*\{", text):
-        raise BadInput(f"{source} is one list: put each object on a line of its own, with no comma after it")
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield number, line
-
-
-def json_row(text, where):
-    """The object in a line of JSONL."""
-    try:
-        row = json.loads(text)
-        json.dumps(row, ensure_ascii=False).encode()  # fails on half a character, as in "\ud83d", which can't be saved
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{where}: not valid JSON ({error})") from None
+def check_row(row, where):
+    """BadInput unless a row of a JSON file is an object that can be saved."""
+    if isinstance(row, BadRecord):
+        raise row
     if not isinstance(row, dict):
-        raise BadInput(f"{where}: should be an object, {{...}}, not {text!r:.50}")
-    return row
+        raise BadInput(f"{where}: should be an object, {{...}}, not {row!r:.50}")
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:  # half a character, as in "\ud83d"
+        raise BadInput(f"{where}: not valid JSON ({error})") from None
 
 
 # --- row -> record --------------------------------------------------------------------------------------------------
@@ -165,25 +156,23 @@ def validated_names(record, where, folder, placeholder, problem_of):
 
 def convert(source, folder, default_question):
     """(the records of a file, how many pictures they name, unused columns). BadInput lists what is wrong, one line each."""
-    text = read_text(source)
+    is_json = source.suffix.lower() in (".jsonl", ".ndjson", ".json")
+    rows = Source(source, folder).records() if is_json else csv_rows(source, read_text(source))
     if not folder.is_dir():
         raise BadInput(f"{folder} is not a folder: after the file of texts, name the folder of the pictures")
 
-    is_jsonl = source.suffix.lower() in (".jsonl", ".ndjson", ".json")
-    rows = jsonl_rows(source, text) if is_jsonl else csv_rows(source, text)
     placeholder = LMConfig().image_special_token
     problem_of = functools.cache(picture_problem)  # open each picture once, however many rows name it
     records = []
     pictures = set()
     unused = set()
     problems = []
-    for number, row in rows:
-        where = f"{source}, line {number}"
+    for where, row in rows:
         try:
             # every row becomes a record that training would accept, or an error
-            if is_jsonl:
-                row = json_row(row, where)
-            is_ready = "conversations" in row
+            if is_json:
+                check_row(row, where)
+            is_ready = any(key in row for key in TALK_KEYS)
             record = row if is_ready else to_record(row, where, default_question)
             records.append(record)
             pictures.update(validated_names(record, where, folder, placeholder, problem_of))
@@ -204,7 +193,7 @@ def convert(source, folder, default_question):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="the CSV or JSONL file")
+    parser.add_argument("source", type=Path, help="the CSV or JSON file")
     parser.add_argument("folder", type=Path, help="the folder of its pictures")
     parser.add_argument("target", type=Path, help="the JSON file to write")
     parser.add_argument("--question", default=CAPTION_PROMPT, help="for rows that have none (default %(default)s)")

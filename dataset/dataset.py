@@ -2,7 +2,8 @@
 
 From one record to its loss, and the file in which each step is decided:
 
-    1. the record is read; its turns and its number of images are checked   records.py
+    1. the record is read, whatever the form of its file                    source.py, for Parquet parquet.py
+       its turns and its number of images are checked                       records.py
     2. turns become token ids and flags; the tokens of every assistant turn
        and the `</s>` that ends it are flagged as answer                    model/conversation.py
     3. ids beyond max_seq_len are truncated, never within an image          here, truncate_at_image
@@ -17,21 +18,25 @@ Shapes: B batch, T tokens, N images in the batch, n images of an item, P tokens 
 pixels, L labels in the batch.
 """
 
-from pathlib import Path
+import hashlib
+import json
+import pickle
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
-from model.conversation import encode_conversations
+from model.conversation import encode_conversations, plain_backend
 from model.errors import BadInput, BadRecord
-from model.images import read_pixels
+from model.files import write_atomically
 from model.model import positions_before_labels
 
-from .records import Problems, chunked, coco_prefix, parse_record, read_records
+from .pictures import TRIED, stamp
+from .records import Problems, chunked, parse_record
+from .source import Source
 
+FORMAT = 1  # of the file in which tokens are kept
 BLOCK = 4096  # records that are tokenised at once
 MAX_BAD_IN_A_ROW = 100  # unusable records that are skipped in search of the next good one
 
@@ -39,28 +44,27 @@ MAX_BAD_IN_A_ROW = 100  # unusable records that are skipped in search of the nex
 # --- records -> token ids -------------------------------------------------------------------------------------------
 
 
-def encode_records(data_path, tokenizer, config, max_seq_len, problems):
+def encode_records(source, tokenizer, config, max_seq_len, problems):
     """Yields (record number, ids (T,), is_answer (T,), image names, truncated) of each record that can be used.
 
     The other records are counted in `problems`; so is, at the end, the total of all records.
     """
-    # only the process that reports shows a bar; tqdm takes None as: only on a terminal
-    silent = None if problems.notify else True
-    records = tqdm(read_records(data_path), desc=str(data_path), unit=" records", disable=silent)
-    for block in chunked(enumerate(records), BLOCK):
+    total = 0
+    for block in chunked(source.records(), BLOCK):
         # check each record's form
         parsed = []
-        for number, record in block:
+        for number, (where, record) in enumerate(block, total):
             try:
-                turns, names = parse_record(record, f"{data_path}, record {number}", config.image_special_token)
-                parsed.append((number, turns, names))
+                turns, names = parse_record(record, where, config.image_special_token)
+                parsed.append((number, where, turns, names))
             except BadRecord as problem:
                 problems.add(problem, number)
+        total += len(block)
 
         # tokenise the whole block at once, which is faster than one by one
-        encoded = encode_conversations(tokenizer, [turns for _, turns, _ in parsed], config)
+        encoded = encode_conversations(tokenizer, [turns for _, _, turns, _ in parsed], config)
 
-        for (number, _, names), (ids, is_answer) in zip(parsed, encoded, strict=True):
+        for (number, where, _, names), (ids, is_answer) in zip(parsed, encoded, strict=True):
             truncated = len(ids) > max_seq_len
             if truncated:
                 num_tokens, num_images = truncate_at_image(ids, max_seq_len, config)
@@ -71,9 +75,9 @@ def encode_records(data_path, tokenizer, config, max_seq_len, problems):
             if is_answer.any():
                 yield number, ids, is_answer, names, truncated
             else:
-                message = f"{data_path}, record {number}: its answers lie beyond --max_seq_len {max_seq_len}"
+                message = f"{where}: its answers lie beyond --max_seq_len {max_seq_len}"
                 problems.add(BadRecord("answer beyond --max_seq_len", message), number)
-    problems.total = number + 1
+    problems.total = total
 
 
 def truncate_at_image(ids, limit, config):
@@ -100,9 +104,10 @@ class RaggedArray:
     It is filled with `append`, and read after `freeze`: item i is a slice of the tensor, not a copy.
     """
 
-    def __init__(self, dtype):
+    def __init__(self, dtype, values=None, offsets=None):
         self.dtype = np.dtype(dtype)
-        self.values = bytearray()
+        self.values = bytearray() if values is None else values  # as a tensor, (bytes,)
+        self.offsets = offsets  # (items + 1,), in elements
         self.lengths = []
 
     def append(self, values):
@@ -110,8 +115,8 @@ class RaggedArray:
         self.lengths.append(len(values))
 
     def freeze(self):
-        self.offsets = torch.from_numpy(np.cumsum([0, *self.lengths]))  # (items + 1,), in elements
-        self.values = torch.frombuffer(self.values or bytearray(1), dtype=torch.uint8)  # (bytes,)
+        self.offsets = torch.from_numpy(np.cumsum([0, *self.lengths]))
+        self.values = torch.frombuffer(self.values or bytearray(1), dtype=torch.uint8)
         del self.lengths
 
     def __len__(self):
@@ -123,77 +128,154 @@ class RaggedArray:
         return self.values[begin * size : end * size].numpy().view(self.dtype)
 
 
+def encode_source(source, tokenizer, config, max_seq_len, problems):
+    """Reads and tokenises all records, and returns what a VLMDataset keeps of them: a dict that `torch.save` can write."""
+    ids = RaggedArray(np.min_scalar_type(config.vocab_size))
+    is_answer = RaggedArray(bool)
+    image_rows = RaggedArray(np.int32)  # of the images in image_names
+    record_numbers = []
+    num_truncated = 0
+    row_of = {}  # image name -> row: images that several records share are kept once
+    sample_names = []  # the first names of pictures that are files of their own
+    for number, its_ids, its_flags, names, truncated in encode_records(
+        source, tokenizer, config, max_seq_len, problems
+    ):
+        record_numbers.append(number)
+        ids.append(its_ids)
+        is_answer.append(its_flags)
+        image_rows.append(np.array([row_of.setdefault(name, len(row_of)) for name in names]))
+        num_truncated += truncated
+        if names and len(sample_names) < TRIED and source.inside(names[0]) is None:
+            if not sample_names:
+                source.find_pictures(names)  # what is missing is reported before the work
+            sample_names += names
+
+    image_names = RaggedArray(np.uint8)
+    for name in row_of:
+        image_names.append(np.frombuffer(name.encode(), np.uint8))
+    arrays = {"ids": ids, "is_answer": is_answer, "image_rows": image_rows, "image_names": image_names}
+    for array in arrays.values():
+        array.freeze()
+    return {
+        **{name: (array.dtype.str, array.values, array.offsets) for name, array in arrays.items()},
+        "record_numbers": torch.tensor(record_numbers),
+        "num_truncated": num_truncated,
+        "num_partial": count_partial(ids, is_answer, tokenizer),
+        "sample_names": sample_names,
+    }
+
+
+def read_tables(file, key):
+    """The dict of `encode_source` in a file, mapped into memory; None if there is no such file for this `key`."""
+    try:
+        tables = torch.load(file, weights_only=True, mmap=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):  # not there, or damaged
+        return None
+    return tables if tables["key"] == key else None
+
+
+def count_partial(ids, is_answer, tokenizer):
+    """How many answer tokens are only a part of a character, as of characters that the tokenizer doesn't know."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    partial = np.array(["\ufffd" in text for text in texts])  # (vocabulary,)
+    answers = ids.values.numpy().view(ids.dtype)[is_answer.values.numpy().view(bool)] if len(ids) else []
+    return int(partial[answers].sum())
+
+
 # --- token ids -> items ---------------------------------------------------------------------------------------------
 
 
 class VLMDataset(Dataset):
     """One item per record: `input_ids` (T,), `labels` (T,), and its images as `pixel_values`, a list of n (3, S, S) uint8.
 
-    The constructor reads and tokenises everything once, into flat arrays that worker processes share. Records that can't
-    be used, or whose answers all lie beyond `max_seq_len`, are skipped and counted in `problems`, a
-    `Problems(**strictness)`; `num_truncated` counts the records that lose a part. BadInput if none is left.
+    data_path, images_path: as in `Source`. The constructor reads and tokenises everything once, into flat arrays that worker
+    processes share; with an `out_dir` it keeps them in its folder `data`, and maps that file the next time. Records that can't be used, or
+    whose answers all lie beyond `max_seq_len`, are skipped and counted in `problems`, a `Problems(**strictness)`;
+    `num_truncated` counts the records that lose a part. BadInput if none is left.
 
     A record whose image turns out to be bad when it is opened is replaced by the next good one, so that batches keep their
     size and resumed runs continue with the same samples; the item reports it in `problems`.
     """
 
-    def __init__(self, data_path, images_path, tokenizer, config, max_seq_len, image_size, **strictness):
-        self.images_path = Path(images_path)
+    def __init__(self, data_path, images_path, tokenizer, config, max_seq_len, image_size, out_dir=None, **strictness):
         self.image_size = image_size
         self.problems = Problems(**strictness)
         self.features = None
-        if not self.images_path.is_dir():
-            raise BadInput(
-                f"{images_path} is not a folder: see dataset/README.md for the pictures, or use --images_path"
-            )
+        # only the process that reports shows progress
+        self.source = source = Source(data_path, images_path, out_dir, quiet=not self.problems.notify)
 
-        # per record: its token ids, which of them belong to an answer, and the rows of its images in `image_names`
-        self.ids = RaggedArray(np.min_scalar_type(config.vocab_size))
-        self.is_answer = RaggedArray(bool)
-        self.image_rows = RaggedArray(np.int32)
-        record_numbers = []
-        self.num_truncated = 0
-        row_of = {}  # image name -> row: images that several records share are kept once
-        encoded = encode_records(data_path, tokenizer, config, max_seq_len, self.problems)
-        for number, ids, is_answer, names, truncated in encoded:
-            record_numbers.append(number)
-            self.ids.append(ids)
-            self.is_answer.append(is_answer)
-            self.image_rows.append(np.array([row_of.setdefault(name, len(row_of)) for name in names]))
-            self.num_truncated += truncated
-        self.record_numbers = torch.tensor(record_numbers)
+        # per record its token ids, which of them belong to an answer, and the rows of its images; per image its name
+        tables = self.tables(tokenizer, config, max_seq_len)
+        self.ids, self.is_answer, self.image_rows, self.image_names = (
+            RaggedArray(*tables[name]) for name in ("ids", "is_answer", "image_rows", "image_names")
+        )
+        self.record_numbers = tables["record_numbers"]
+        self.num_truncated = tables["num_truncated"]
+        self.num_partial = tables["num_partial"]
+        source.find_pictures(tables["sample_names"])
 
-        # per image: its name
-        self.image_names = RaggedArray(np.uint8)
-        for name in row_of:
-            self.image_names.append(np.frombuffer(name.encode(), np.uint8))
-        for array in (self.ids, self.is_answer, self.image_rows, self.image_names):
-            array.freeze()
-        self.coco_prefix = coco_prefix(self.images_path, next(iter(row_of))) if row_of else ""
+    def tables(self, tokenizer, config, max_seq_len):
+        """What `encode_source` returns, from the file in which it was kept if that holds for these records and tokenizer."""
+        source = self.source
+        paths = [str(file.resolve()) for file in source.files]
+        marks = [config.image_special_token, config.image_ids, config.bos_token_id, config.eos_token_id]
+        rules = hashlib.sha256(plain_backend(tokenizer).to_str().encode()).hexdigest()
+        key = json.dumps([FORMAT, paths, [*map(stamp, paths)], rules, marks, max_seq_len])
+        name = f"{source.files[0].stem}-{hashlib.sha256(str(paths).encode()).hexdigest()[:8]}.tokens"
+        file = source.cache_dir and source.cache_dir / name
 
-        # only the whole file shows whether too much of it is lost
-        if self.num_truncated and self.problems.notify:
-            self.problems.notify(f"{self.num_truncated} records are truncated at --max_seq_len {max_seq_len}")
+        tables = file and read_tables(file, key)
+        if tables:
+            self.problems.restore(tables["problems"])
+        else:
+            tables = encode_source(source, tokenizer, config, max_seq_len, self.problems)
+        if tables["num_truncated"] and self.problems.notify:
+            self.problems.notify(f"{tables['num_truncated']} records are truncated at --max_seq_len {max_seq_len}")
+
+        # only all the files show whether too much of them is lost
         self.problems.raise_if_too_many()
-        if not record_numbers:
-            raise BadInput(f"{data_path}: no record has an answer within --max_seq_len {max_seq_len} tokens")
+        if not len(tables["record_numbers"]):
+            raise BadInput(f"{source}: no record has an answer within --max_seq_len {max_seq_len} tokens")
+        if file and "key" not in tables:
+            tables |= {"key": key, "problems": self.problems.state()}
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(file, lambda f: torch.save(tables, f))
+            except OSError as error:
+                if self.problems.notify:
+                    self.problems.notify(
+                        f"{file} could not be written ({error.strerror}): the next start reads it all again"
+                    )
+        return tables
 
     @property
     def lengths(self):
         """Tokens of each item."""
         return np.diff(self.ids.offsets)
 
-    def image_path(self, row):
-        name = self.image_names[row].tobytes().decode()
-        return self.images_path / f"{self.coco_prefix}{name}"
+    def describe(self):
+        """What was found, in a line for people: form, records, pictures, tokens."""
+        text_only = int((np.diff(self.image_rows.offsets) == 0).sum())
+        answers = int(self.is_answer.values.sum())
+        return (
+            f"{self.source} ({self.source.describe()}): {len(self):,} records, {text_only:,} of them text only; "
+            f"{len(self.image_names):,} pictures; {self.lengths.sum():,} tokens, {answers:,} of them in answers, "
+            f"{self.num_partial / answers:.1%} of which are only parts of a character"
+        )
 
-    @property
-    def image_paths(self):
-        """The files of all images, each once, in the order of a FeatureCache's rows."""
-        return map(self.image_path, range(len(self.image_names)))
+    def image_name(self, row):
+        return self.image_names[row].tobytes().decode()
+
+    def read_pixels(self, row):
+        """An image as uint8 pixels (3, S, S). BadRecord if it can't be read."""
+        return self.source.read_pixels(self.image_name(row), self.image_size)
+
+    def fingerprints(self):
+        """A text for each image that changes when the image does, in the order of a FeatureCache's rows."""
+        return (self.source.fingerprint(self.image_name(row)) for row in range(len(self.image_names)))
 
     def use_features(self, features):
-        """Makes items carry `image_features` (n, P, V), from a FeatureCache over `image_paths`, instead of pixels.
+        """Makes items carry `image_features` (n, P, V), from a FeatureCache over all images, instead of pixels.
 
         No image is opened any more. None: pixels again.
         """
@@ -204,6 +286,8 @@ class VLMDataset(Dataset):
 
     def __getitem__(self, index):
         """The item at `index`, or the next one that can be used; `problems` lists (problem, record number) of those skipped."""
+        if index >= len(self):
+            raise IndexError(index)  # ends a `for` over the dataset
         problems = []
         for i in range(MAX_BAD_IN_A_ROW):
             candidate = (index + i) % len(self)
@@ -223,7 +307,7 @@ class VLMDataset(Dataset):
         if self.features is not None:
             item["image_features"] = self.features[rows]
         else:
-            item["pixel_values"] = [read_pixels(self.image_path(row), self.image_size) for row in rows]
+            item["pixel_values"] = [self.read_pixels(row) for row in rows]
         return item
 
 
@@ -290,7 +374,7 @@ class Pictures(Dataset):
         """(pixels, None), or for an image that can't be read a black one and (reason, message)."""
         size = self.dataset.image_size
         try:
-            return read_pixels(self.dataset.image_path(row), size), None
+            return self.dataset.read_pixels(row), None
         except BadRecord as problem:
             return torch.zeros(3, size, size, dtype=torch.uint8), (problem.reason, str(problem))
 

@@ -500,9 +500,9 @@ def build(folder, pictures=6000, pairs=3000, animations=1500, held_out=200, turn
     done.write_text(json.dumps(settings))
 
 
-def build_if_asked_for(data_path):
-    """Draws the demo's world if `data_path` is one of its files and no complete world, of whatever size, is there."""
-    if Path(data_path).parent == FOLDER and not (FOLDER / "world.json").exists():
+def build_if_asked_for(files):
+    """Draws the demo's world if one of `files` belongs to it and no complete world, of whatever size, is there."""
+    if any(Path(file).parent == FOLDER for file in files) and not (FOLDER / "world.json").exists():
         build(FOLDER)
 
 

@@ -1,82 +1,20 @@
-"""From a JSON file to its records, and from a record to checked turns; counts the records that can't be used.
+"""A record of any form -> the one form that everything after it reads -> checked turns; counts the records that can't be used.
 
-All three stages read one JSON format, a list of records (dataset/README.md):
+The one form, which is also that of the JSON files (dataset/README.md has the others):
 
     {"image": "a.jpg, b.jpg", "conversations": [{"role": "user", "content": "<image>\n<image>\n..."}, {"role": "assistant", ...}]}
 """
 
 import json
-import re
 from itertools import islice
 
 from model.conversation import split_at_images
 from model.errors import BadInput, BadRecord
-from model.files import refuse_lfs_pointer
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 CAPTION_PROMPT = "描述这张图片。"  # the question for a picture that comes with a caption only
-COCO_PREFIX = "COCO_train2014_"
-CHUNK = 2**22  # characters read from a file at a time
-SPACE = re.compile(r"\s*")
-COMMA = re.compile(r"\s*,\s*")
-END = re.compile(r"\s*\]\s*$")
-
-
-# --- file -> records ------------------------------------------------------------------------------------------------
-
-
-def read_records(path):
-    """Streams the records of a JSON list without loading the whole file.
-
-    BadInput if the file is missing or not such a list; it names the first record that is not valid JSON.
-    """
-    refuse_lfs_pointer(path)
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            yield from parse_list(file, path)
-    except FileNotFoundError:
-        raise BadInput(
-            f"{path} not found: see dataset/README.md for where to get it, use --data_path, or try --demo"
-        ) from None
-    except OSError as error:
-        raise BadInput(f"{path} could not be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not UTF-8 text ({error.reason}): save it as UTF-8") from None
-
-
-def parse_list(file, path):
-    """Yields the items of the JSON list in an open file, reading CHUNK characters at a time."""
-    text = file.read(CHUNK).lstrip()
-    if not text.startswith("["):
-        raise BadInput(
-            f"{path} should be a JSON list of records with 'image' and 'conversations', but begins with {text[:20]!r}"
-        )
-    decoder = json.JSONDecoder()
-    number = 0  # of the next record
-    position = 1  # in `text`: everything before it has been parsed
-    end_of_file = False
-    while not END.match(text, position):
-        try:
-            # a comma, unless this is the first record, then the record
-            separator = (COMMA if number else SPACE).match(text, position)
-            if not separator:
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
-            record, end = decoder.raw_decode(text, separator.end())
-        except (ValueError, RecursionError) as error:
-            # either the record continues in the next chunk, or it is not valid
-            if end_of_file:
-                why = f"{error.msg} near {text[error.pos :][:20]!r}" if hasattr(error, "msg") else error
-                raise BadInput(f"{path}, record {number}, is not valid JSON ({why})") from None
-            chunk = file.read(CHUNK)
-            text = text[position:] + chunk
-            position = 0
-            end_of_file = not chunk
-            continue
-        yield record
-        number += 1
-        position = end
-    if not number:
-        raise BadInput(f"{path} is an empty list")
+TALK_KEYS = ("conversations", "messages", "texts")  # where a row has its turns
+PICTURE_KEYS = ("image_bytes", "images", "image")  # where it has its pictures, or their names
 
 
 def chunked(items, size):
@@ -86,18 +24,102 @@ def chunked(items, size):
         yield chunk
 
 
-def coco_prefix(folder, name):
-    """`COCO_train2014_` if the folder's files have that prefix and the records' names don't, else "". name: one of them."""
-    prefixed = not (folder / name).exists() and (folder / f"{COCO_PREFIX}{name}").exists()
-    return COCO_PREFIX if prefixed else ""
+# --- row -> record --------------------------------------------------------------------------------------------------
+
+
+def as_record(row):
+    """A row of any known form -> a record: `conversations`, a list of turns, and `image`, a list of names (or bytes).
+
+    Turns: `conversations`, a list or its JSON text; `messages`, whose content may come in parts; `texts` of the Cauldron,
+    question and answer in one. The last two need no `<image>`: without any, one per picture goes before the first question.
+    Pictures: `image`, `images` or `image_bytes`; names, bytes or {"bytes", "path"}, one or a list of them.
+    What fits none of this stays as it is, and `parse_record` refuses it.
+    """
+    key = next((key for key in TALK_KEYS if isinstance(row, dict) and row.get(key) is not None), None)
+    if key is None:
+        return row
+    record = {name: value for name, value in row.items() if name not in (*TALK_KEYS, *PICTURE_KEYS)}
+    record["image"] = pictures_of(next((row[name] for name in PICTURE_KEYS if row.get(name)), []))
+    record["conversations"] = turns_of(row[key])
+    if key != "conversations":
+        put_images_first(record)
+    return record
+
+
+def pictures_of(value):
+    """The pictures of a row as a list of names or bytes; names in one text are separated by commas."""
+    if isinstance(value, str):
+        return [name.strip() for name in value.split(",") if name.strip()]
+    if isinstance(value, (bytes, dict)):
+        value = [value]
+    if not isinstance(value, list):
+        return value
+    return [picture.get("bytes") or picture.get("path") if isinstance(picture, dict) else picture for picture in value]
+
+
+def turns_of(talk):
+    """The turns of a row as a list of objects with a role and a text."""
+    if isinstance(talk, str):
+        try:
+            talk = json.loads(talk)
+        except (ValueError, RecursionError):
+            return talk
+    if not isinstance(talk, list):
+        return talk
+    turns = []
+    for turn in talk:
+        if isinstance(turn, dict) and "user" in turn and "assistant" in turn:
+            turns.append({"role": "user", "content": turn["user"]})
+            turns.append({"role": "assistant", "content": turn["assistant"]})
+        elif isinstance(turn, dict) and isinstance(turn.get("content"), list):
+            turns.append({**turn, "content": join_parts(turn["content"])})
+        else:
+            turns.append(turn)
+    return turns
+
+
+def join_parts(parts):
+    """The text of a message in parts: {"type": "text", "text": ...}, and {"type": "image"}, which becomes `<image>`."""
+    if not all(isinstance(part, dict) for part in parts):
+        return parts
+    return "\n".join("<image>" if part.get("type") == "image" else part.get("text") or "" for part in parts)
+
+
+def put_images_first(record):
+    """Puts one `<image>` per picture before the first question, unless some turn has one already."""
+    pictures = record["image"]
+    turns = record["conversations"]
+    well_formed = isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
+    if (
+        not isinstance(pictures, list)
+        or not well_formed
+        or any("<image>" in str(turn.get("content")) for turn in turns)
+    ):
+        return
+    for i, turn in enumerate(turns):
+        if turn.get("role") == "user" and isinstance(turn.get("content"), str):
+            turns[i] = {**turn, "content": "<image>\n" * len(pictures) + turn["content"]}
+            return
 
 
 # --- record -> checked turns ----------------------------------------------------------------------------------------
 
 
-def parse_record(record, where, placeholder):
-    """A record -> (turns, image names), turns as (role, text) pairs. BadRecord says what is wrong, and `where`."""
-    turns = [parse_turn(turn, where) for turn in conversations_of(record, where)]
+def parse_record(row, where, placeholder):
+    """A row or record -> (turns, image names), turns as (role, text) pairs. BadRecord says what is wrong, and `where`.
+
+    A row that could not be read is itself a BadRecord.
+    """
+    if isinstance(row, BadRecord):
+        raise row
+    record = as_record(row)
+    refuse_wrong_shape(record, where)
+    names = record["image"]
+    turns = [parse_turn(turn, where) for turn in record["conversations"]]
+    try:
+        "".join([*names, *(text for _, text in turns)]).encode()
+    except UnicodeEncodeError as error:
+        raise BadRecord("wrong shape", f"{where}: half a character, as in a text that was cut ({error})") from None
 
     # after an optional system turn, questions and answers alternate
     roles = [role for role, _ in turns]
@@ -112,22 +134,27 @@ def parse_record(record, where, placeholder):
         raise BadRecord("no answer", f"{where}: no assistant turn has any text")
 
     # each image takes the place of one <image>, in order, so the two counts must agree
-    names = [name.strip() for name in record.get("image", "").split(",") if name.strip()]
     num_placeholders = sum(len(split_at_images(text, placeholder)) - 1 for _, text in turns)
     if num_placeholders != len(names):
-        counts = f"{len(names)} images in 'image', but {num_placeholders} <image> in its conversations"
+        counts = f"{len(names)} images, but {num_placeholders} <image> in its conversations"
         raise BadRecord("images and <image> differ", f"{where}: {counts}")
     return turns, names
 
 
-def conversations_of(record, where):
-    """The record's turns, not yet checked; BadRecord if it has none."""
-    well_formed = isinstance(record, dict) and isinstance(record.get("image", ""), str)
-    turns = record.get("conversations") if well_formed else None
-    if not isinstance(turns, list) or not turns:
-        expected = "expected an object with 'image' (text) and 'conversations' (a list of turns)"
-        raise BadRecord("wrong shape", f"{where}: {expected}, not {shortened(record)}")
-    return turns
+def refuse_wrong_shape(record, where):
+    """BadRecord unless a record has a list of names and at least one turn."""
+    if isinstance(record, dict):
+        names = record.get("image")
+        turns = record.get("conversations")
+        if (
+            isinstance(names, list)
+            and all(isinstance(name, str) for name in names)
+            and isinstance(turns, list)
+            and turns
+        ):
+            return
+    expected = "expected an object with 'image' (names) and 'conversations' (a list of turns)"
+    raise BadRecord("wrong shape", f"{where}: {expected}, not {shortened(record)}")
 
 
 def parse_turn(turn, where):
@@ -135,8 +162,8 @@ def parse_turn(turn, where):
     role = None
     text = None
     if isinstance(turn, dict):
-        role = turn.get("role", turn.get("from"))
-        text = turn.get("content", turn.get("value"))
+        role = turn.get("role") or turn.get("from")
+        text = turn["value"] if turn.get("content") is None and "value" in turn else turn.get("content")
     if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
         expected = f"expected a turn with a role ({', '.join(ROLES)}) and text as its content"
         raise BadRecord("wrong shape", f"{where}: {expected}, not {shortened(turn)}")
@@ -144,7 +171,7 @@ def parse_turn(turn, where):
 
 
 def shortened(value):
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
@@ -173,6 +200,7 @@ class Problems:
         self.notify = notify
         self.total = None
         self.by_reason = {}  # reason -> set of record numbers
+        self.examples = {}  # reason -> message about the first of them
 
     def add(self, problem, number):
         """Counts a record, once however often it is met. BadInput if that makes too many."""
@@ -181,6 +209,7 @@ class Problems:
 
         # one message per reason, since there may be thousands of records
         numbers = self.by_reason.setdefault(problem.reason, set())
+        self.examples.setdefault(problem.reason, str(problem))
         if self.notify and not numbers:
             self.notify(f"skipping this record, and others like it: {problem}")
         numbers.add(number)
@@ -200,6 +229,18 @@ class Problems:
             raise BadInput(
                 f"{self}, over --max_bad_fraction {self.max_fraction:g} of {self.total}: fix the data or raise the limit"
             )
+
+    def state(self):
+        """What `restore` needs, as plain values."""
+        by_reason = {reason: sorted(numbers) for reason, numbers in self.by_reason.items()}
+        return {"by_reason": by_reason, "examples": self.examples, "total": self.total}
+
+    def restore(self, state):
+        """Counts again what had been counted when `state` was called, with the same messages."""
+        for reason, numbers in state["by_reason"].items():
+            self.add(BadRecord(reason, state["examples"][reason]), numbers[0])
+            self.by_reason[reason].update(numbers)
+        self.total = state["total"]
 
     def merge(self, others):
         """Adds what was counted by other processes, or earlier in the run: dicts like `by_reason`."""

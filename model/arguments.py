@@ -75,8 +75,17 @@ def model_sizes(args):
 def add_training_arguments(parser, stage=STAGES["pretrain"]):
     """The flags of training, with the defaults of a stage."""
     add_model_arguments(parser)
-    parser.add_argument("--data_path", default=stage.data_path, help="JSON file of records (default %(default)s)")
-    parser.add_argument("--images_path", default=stage.images_path, help="folder of its pictures (default %(default)s)")
+    parser.add_argument(
+        "--data_path",
+        nargs="+",
+        default=stage.data_path,
+        help="files of records, JSON or Parquet, or a folder of them; see dataset/README.md (default %(default)s)",
+    )
+    parser.add_argument(
+        "--images_path",
+        default=stage.images_path,
+        help="folder, zip or tar of their pictures, if they aren't inside (default %(default)s)",
+    )
     parser.add_argument(
         "--from_weights", help="start from this file, or transformers folder, instead of the previous stage's"
     )
@@ -115,7 +124,7 @@ def add_training_arguments(parser, stage=STAGES["pretrain"]):
     parser.add_argument(
         "--val_fraction", type=float, default=0.0, help="fraction of the samples to hold out for validation"
     )
-    parser.add_argument("--val_path", help="JSON file of records to validate on instead")
+    parser.add_argument("--val_path", nargs="+", help="files of records to validate on instead")
     parser.add_argument("--eval_interval", type=int, default=1000, help="optimizer steps between validations")
     parser.add_argument(
         "--num_workers",
@@ -178,6 +187,8 @@ def parse_stage(parser, name_of):
         return stage.demo if args.demo else stage.defaults
 
     args = parse_with_defaults(parser, defaults_of)
+    if isinstance(args.data_path, str):  # a default
+        args.data_path = [args.data_path]
     name = name_of(args)
     args.wandb_run_name = args.wandb_run_name or (
         f"MiniMind-V {STAGES[name].title}-Epoch-{args.epochs}-BatchSize-{args.batch_size}"

@@ -21,15 +21,14 @@ from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
-from tqdm import tqdm
 
-from dataset.records import coco_prefix, parse_record, read_records
+from dataset.records import parse_record
+from dataset.source import Source
 
 from .arguments import MAX_BAD_FRACTION, add_model_arguments, model_sizes, parse_with_demo
 from .checkpoint import PUBLISHED_TOKENIZER, build_config, load_tokenizer, load_vlm, read_metadata, tokenizer_hash
 from .errors import BadInput, BadRecord, run_script
 from .files import find_weights
-from .images import read_pixels
 from .LMConfig import LMConfig
 from .model_vlm import MiniMindVLM
 from .stages import DEMO_LLM, DEMO_MODEL, STAGES, answering_stage, weights_path
@@ -66,9 +65,12 @@ def unlike_published(tokenizer):
     return "it has other tokens"
 
 
-def sample_of(path):
-    """Counts the records; returns the count and the first, the last and a random sample (reservoir sampling)."""
-    records = enumerate(tqdm(read_records(path), desc=str(path), unit=" records", disable=None, leave=False))
+def sample_of(source):
+    """Counts the records of a Source; returns the count and (where, record) of the first, the last and a random sample.
+
+    Reservoir sampling.
+    """
+    records = enumerate(source.records())
     kept = {}
     last = next(records)
     for following in records:
@@ -77,7 +79,7 @@ def sample_of(path):
         if slot <= SAMPLE:
             kept[slot] = last
         last = following
-    return last[0] + 1, dict([*kept.values(), last])
+    return last[0] + 1, list(dict([*kept.values(), last]).values())
 
 
 def left_out(bad, looked_at):
@@ -126,14 +128,14 @@ def device_facts(device):
 class Doctor:
     """Checks one thing after another and prints what it finds; `marks` keeps each result: ok, missing or wrong.
 
-    tokenizer, encoder: None until they are found to be good.
+    tokenizer, encoder: None until they are found to be good. source: the records that were last looked at.
     """
 
     def __init__(self, args):
         build_config({}, None, None, sizes=model_sizes(args))  # refuses flags that fit no model
         self.args = args
         self.marks = {}
-        self.tokenizer = self.encoder = None
+        self.tokenizer = self.encoder = self.source = None
         self.makers = {stage.writes: self.command(stage.command) for stage in STAGES.values()}
         self.weights = {name: weights_path(args.out_dir, args, name) for name in ("llm", *self.makers)}
         if args.demo:
@@ -219,30 +221,35 @@ class Doctor:
                     self.report("ok", f"{name} {what}", place, "will be drawn by the first script that runs")
                 return
         names = []  # of the pictures of each sampled record
-        self.check_file(f"{name} records", file, get, partial(self.check_records, file, names))
+        self.check_file(f"{name} records", file, get, partial(self.check_records, file, folder, names))
         self.check_pictures(f"{name} pictures", folder, names, get)
 
-    def check_records(self, file, names):
-        count, sample = sample_of(file)
+    def check_records(self, file, folder, names):
+        self.source = Source(file, folder, self.args.out_dir)
+        count, sample = sample_of(self.source)
         bad = []
-        for number, record in sample.items():
+        for where, record in sample:
             try:
-                _, its_names = parse_record(record, f"{file}, record {number}", self.config.image_special_token)
+                _, its_names = parse_record(record, where, self.config.image_special_token)
                 names.append(its_names)
             except BadRecord as problem:
                 bad.append(problem)
         return f"{count:,} records{left_out(bad, len(sample))}"
 
     def check_pictures(self, what, folder, names, get):
-        if not folder.is_dir():
-            self.report("missing", what, folder, get)
+        try:
+            if names:
+                self.source.find_pictures([*chain(*names)])
+            elif not folder.exists():
+                raise BadInput(get)
+        except BadInput as problem:
+            self.report("missing", what, folder, f"{problem}; or {get}" if folder.exists() else get)
             return
         bad = []
-        prefix = coco_prefix(folder, next(chain(*names), ""))
         for its_names in names:
             try:
                 for name in its_names:
-                    read_pixels(folder / f"{prefix}{name}", IMAGE_SIZE)
+                    self.source.read_pixels(name, IMAGE_SIZE)
             except BadRecord as problem:
                 bad.append(problem)
         try:

@@ -73,9 +73,12 @@ def opened(path, opener=Image.open):
         raise BadRecord(reason, f"{path} could not be read as a picture ({why}): replace it or leave it out") from None
 
 
-def read_pixels(path, size):
-    """`to_pixels` of a file; BadRecord names the file if it is missing or not a picture."""
-    with opened(path) as image:
+def read_pixels(path, size, opener=Image.open):
+    """`to_pixels` of a file; BadRecord names it if it is missing or not a picture.
+
+    opener: called with the path, returns a Pillow image; for pictures that are inside another file.
+    """
+    with opened(path, opener) as image:
         return to_pixels(image, size)
 
 

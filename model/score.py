@@ -5,22 +5,24 @@ import random
 from collections import defaultdict
 from pathlib import Path
 
-from dataset.records import parse_record, read_records
+from dataset.records import parse_record
+from dataset.source import Source
 
 from .errors import BadInput
 
 
-def score(chat, data_path, images_path, seed=0):
+def score(chat, data_path, images_path, out_dir, seed=0):
     """Exact match on a labelled file: {kind: (questions, right with its own picture, right with another record's)}.
 
     Asks each record's first question, after its system turn if it has one; an answer is right if it equals the label. `kind`
     groups records; "all" sums them up. The last number shows how far guessing from the question alone gets; None if all
-    records have the same picture.
+    records have the same picture. data_path, images_path, out_dir: as in `Source`.
     """
     # read all questions and labels
     kinds, questions, labels, names = [], [], [], []
-    for number, record in enumerate(read_records(data_path)):
-        turns, images = parse_record(record, f"{data_path}, record {number}", chat.config.image_special_token)
+    source = Source(data_path, images_path, out_dir)
+    for where, record in source.records():
+        turns, images = parse_record(record, where, chat.config.image_special_token)
         length = 2 if turns[0][0] == "system" else 1  # turns of the question
         kinds.append(record.get("kind", "question"))
         questions.append(chat.encode_prompt(turns[:length])[0].tolist())
@@ -31,11 +33,12 @@ def score(chat, data_path, images_path, seed=0):
     sets = list(dict.fromkeys(names))
     if len({len(one) for one in sets}) > 1 or not sets[0]:
         raise BadInput(f"{data_path}: to score, all records need pictures, and the same number of them")
+    source.find_pictures([name for one in sets for name in one])
     features = {}  # set of names -> (n, P, V)
     for begin in range(0, len(sets), 32):
         part = sets[begin : begin + 32]
-        files = [Path(images_path) / name for one in part for name in one]
-        features.update(zip(part, chat.encode_images(files).split(len(sets[0])), strict=True))
+        pixels = [source.read_pixels(name, chat.encoder.image_size) for one in part for name in one]
+        features.update(zip(part, chat.encode_images(pixels).split(len(sets[0])), strict=True))
 
     # swap pictures in a ring, shuffled, so that no set is given its own
     shuffled = sets[:]

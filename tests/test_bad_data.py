@@ -11,7 +11,7 @@ from helpers import TORCHRUN, attempt, begin, digest, log_lines, losses, make_pl
 from PIL import Image
 
 from dataset.dataset import VLMDataset, collate
-from dataset.records import read_records
+from dataset.source import Source
 from model.conversation import tokenizer_fields
 from model.errors import BadInput, BadRecord
 from model.LMConfig import LMConfig
@@ -93,10 +93,11 @@ LEFT_OUT = {  # how a file is made, and the reason that is counted
     "clip.mp4": (lambda path: path.write_bytes(b"\0\0\0\x18ftypmp42"), "picture unreadable"),
 }
 WRONG = {  # record -> the reason that is counted, and what the message says
-    "not an object": (5, "wrong shape", "expected an object with 'image' (text) and 'conversations'"),
+    "not an object": (5, "wrong shape", "expected an object with 'image' (names) and 'conversations'"),
     "no conversation": ({"image": "a.png"}, "wrong shape", "expected an object"),
     "empty conversation": ({"image": "", "conversations": []}, "wrong shape", "expected an object"),
-    "a list of names": ({"image": ["a.png"], "conversations": talk("<image>", "x")}, "wrong shape", "'image' (text)"),
+    "a number for a name": ({"image": [5], "conversations": talk("<image>", "x")}, "wrong shape", "'image' (names)"),
+    "half a character": ({"image": "", "conversations": talk("?", "\ud83d")}, "wrong shape", "half a character"),
     "foreign role": (
         {"image": "", "conversations": [{"role": "cat", "content": "?"}]},
         "wrong shape",
@@ -122,12 +123,12 @@ WRONG = {  # record -> the reason that is counted, and what the message says
     "too few pictures": (
         {"image": "a.png", "conversations": talk("<image><image>", "x")},
         "images and <image> differ",
-        "1 images in 'image', but 2 <image>",
+        "1 images, but 2 <image>",
     ),
     "too many pictures": (
         {"image": "a.png, a.png", "conversations": talk("<image>", "x")},
         "images and <image> differ",
-        "2 images in 'image', but 1 <image>",
+        "2 images, but 1 <image>",
     ),
     "answer truncated": (
         {"image": "", "conversations": talk("圆" * 600, "x")},
@@ -139,7 +140,7 @@ WRONG = {  # record -> the reason that is counted, and what the message says
 
 def load(folder, records, tokenizer, **strictness):
     red("RGB").save(folder / "a.png")
-    (folder / "data.json").write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    (folder / "data.json").write_text(json.dumps(records), encoding="utf-8")
     config = LMConfig(**tokenizer_fields(tokenizer))
     return VLMDataset(folder / "data.json", folder, tokenizer, config, 512, 32, **strictness)
 
@@ -195,9 +196,8 @@ def test_the_fraction_is_of_the_whole_file(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     "content, says",
     [
-        (b"", "should be a JSON list of records"),
+        (b"", "should be Parquet, a JSON list of records"),
         (b"hello", "begins with 'hello'"),
-        (b'{"image": "a.png"}', "should be a JSON list"),
         (b"[]", "is an empty list"),
         (b'[{"a": 1}, {"a": 2}, {"a": oops}]', "record 2, is not valid JSON (Expecting value near 'oops"),
         (b'[{"a": 1} {"a": 2}]', "record 1, is not valid JSON (Expecting ',' or ']'"),
@@ -212,7 +212,7 @@ def test_a_file_that_is_no_list_of_records(tmp_path, content, says):
     path = tmp_path / "data.json"
     path.write_bytes(content)
     with pytest.raises(BadInput) as error:
-        list(read_records(path))
+        list(Source(path, tmp_path).records())
     assert str(path) in str(error.value) and says in str(error.value)
 
 
@@ -222,8 +222,8 @@ def test_records_come_whole_out_of_a_file_read_in_parts(tmp_path, monkeypatch):
     for indent in (None, 1):
         path.write_text("\ufeff \n" + json.dumps(records, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
         for size in (3, 7, 100, 10**6):
-            monkeypatch.setattr("dataset.records.CHUNK", size)
-            assert list(read_records(path)) == records
+            monkeypatch.setattr("dataset.source.CHUNK", size)
+            assert [record for _, record in Source(path, tmp_path).records()] == records
 
 
 # --- in a training --------------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def test_questions_in_any_order_of_columns(place):
     assert [said(one) for one in converted("my.tsv", tabs, "--question", "Look:")] == expected
 
 
-def test_json_lines_and_ready_records(place):
+def test_json_lines_and_lists_and_ready_records(place):
     ready = {
         "image": "a.png",
         "kind": "colour",
@@ -83,6 +83,7 @@ def test_json_lines_and_ready_records(place):
     records = converted("my.jsonl", "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
     assert said(records[0]) == ("a.png", f"<image>\n{demo.CAPTION_PROMPTS[0]}", "红")
     assert records[1] == ready and said(records[2])[0] == "b.jpg"
+    assert converted("their.json", json.dumps(lines)) == records
 
 
 def test_several_pictures_in_one_question(place):
@@ -119,13 +120,12 @@ HEADER = "image,caption,question\n"
         ("my.csv", HEADER + f"{'long ' * 60},red\n", r"line 2: photos/long .*too long"),
         ("my.csv", HEADER + "notes.txt,red\n", r"line 2: photos/notes.txt could not .* JPEG or PNG"),
         ("my.csv", HEADER + '"c, d.png",red\n', "line 2: rename the picture 'c, d.png'"),
-        ("my.csv", HEADER + '"a.png, b.jpg",red,"And <image>?"\n', "line 2: 2 images in 'image', but 1 <image>"),
+        ("my.csv", HEADER + '"a.png, b.jpg",red,"And <image>?"\n', "line 2: 2 images, but 1 <image>"),
         ("my.csv", HEADER + 'a.png,red\na.png,"red\na.png,blue\n', "line 3: a missing or extra quotation mark"),
         ("my.csv", HEADER + "a.png,red,What?,or\n", "line 2: more cells"),
         ("my.jsonl", "\n{'image': 'a.png'}\n", "my.jsonl, line 2: not valid JSON"),
-        ("my.jsonl", '["a.png", "red"]', "line 1: should be an object"),
-        ("my.jsonl", "[" * 100_000, "line 1: not valid JSON"),
-        ("their.json", '[\n  {"image": "a.png", "caption": "red"}\n]', "is one list: put each object on a line"),
+        ("my.jsonl", '["a.png"]', "record 0: should be an object"),
+        ("my.jsonl", "[" * 100_000, "record 0, is not valid JSON"),
         ("my.jsonl", '{"image": ["a.png"], "caption": "red"}', "line 1: 'image' should be text"),
         ("my.jsonl", '{"image": "a.png", "caption": "\\ud83d"}', "line 1: not valid JSON .*surrogates"),
         ("my.jsonl", '{"image": "a.png", "conversations": "red"}', "line 1: expected an object with 'image'"),
@@ -179,4 +179,4 @@ def test_from_a_folder_of_pictures_to_a_finetuned_model(place, tokenizer, tiny_c
     code, out, err = run_python("2-sft_vlm.py", "--from_weights", start, *settings, *sizes, *places, "--epochs", 1)
     assert code == 0 and "step 1/1: loss" in out, err
     training = read_metadata(place / "mine" / "64_vlm_sft.pth")["training"]
-    assert training[-1]["data_path"] == str(place / "my.json") and training[-1]["learning_rate"] == 5e-5
+    assert training[-1]["data_path"] == [str(place / "my.json")] and training[-1]["learning_rate"] == 5e-5

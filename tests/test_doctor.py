@@ -8,6 +8,7 @@ import pytest
 from helpers import ROOT, run_python, save_random_vlm
 from transformers import CLIPVisionModel
 
+from dataset.source import Source
 from model.checkpoint import load_tokenizer
 from model.doctor import left_out, sample_of, unlike_published
 from model.errors import BadRecord
@@ -206,9 +207,10 @@ def test_in_what_a_tokenizer_is_not_the_published_one(tmp_path):
 @pytest.mark.parametrize("count", [1, 2, 21, 22, 23, 500])
 def test_a_sample_has_the_first_and_the_last_record(tmp_path, count):
     (tmp_path / "data.json").write_text(json.dumps([{"number": i} for i in range(count)]))
-    total, sample = sample_of(tmp_path / "data.json")
-    assert total == count and {0, count - 1} <= sample.keys() and len(sample) == min(count, 22)
-    assert all(record == {"number": number} for number, record in sample.items())
+    total, sample = sample_of(Source(tmp_path / "data.json", tmp_path))
+    numbers = [record["number"] for _, record in sample]
+    assert total == count and {0, count - 1} <= set(numbers) and len(set(numbers)) == len(numbers) == min(count, 22)
+    assert all(where.endswith(f"data.json, record {record['number']}") for where, record in sample)
 
 
 def test_more_bad_records_than_a_training_leaves_out():

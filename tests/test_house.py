@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 HOUSE = """
     model.errors model.files model.LMConfig model.model model.model_vlm model.conversation model.images model.vision_utils
     model.checkpoint
-    dataset.records dataset.dataset dataset.batches
+    dataset.records dataset.parquet dataset.pictures dataset.source dataset.dataset dataset.batches
     model.decoder model.generate model.cpu_speed model.chat model.score model.stages model.arguments model.hf model.export model.doctor
     dataset.check dataset.convert dataset.demo
     model.demo.make_tokenizer model.demo.make_llm model.demo.make_clip

@@ -50,6 +50,11 @@ class Processes:
         """Whether this is the process that prints, logs and saves."""
         return self.rank == 0
 
+    @property
+    def is_local_main(self):
+        """Whether this is the first process of its machine, which prepares files for the others."""
+        return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
     def barrier(self):
         """Waits until all processes have come here."""
         if self.world_size > 1:

@@ -19,18 +19,17 @@ from model.errors import BadInput, BadRecord
 from model.files import read_json_object
 
 
-def cache_key(vision_path, image_paths):
-    """Hash of what the features depend on: name, size and time of change of the encoder's files and of each picture."""
+def cache_key(vision_path, fingerprints):
+    """Hash of what the features depend on: name, size and time of change of the encoder's files and of each picture.
+
+    fingerprints: a text for each picture that changes when the picture does.
+    """
     digest = hashlib.sha256()
     for file in sorted(Path(vision_path).glob("*")):
         if file.suffix in (".safetensors", ".bin", ".json"):
             digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
-    for path in image_paths:
-        try:
-            stat = os.stat(path)
-        except OSError:
-            stat = None  # a missing picture is a fact, too: once it is there, the key changes
-        digest.update(f"{path} {stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
+    for fingerprint in fingerprints:
+        digest.update(f"{fingerprint}\n".encode())
     return digest.hexdigest()
 
 
@@ -124,7 +123,7 @@ class FeatureCache:
 def open_cache(dataset, encoder, processes, *, folder, vision_path, num_workers):
     """The FeatureCache of a VLMDataset's pictures, in `folder`. The main process builds what is missing of it."""
     # hashing looks at every picture's file, so only one process does it
-    key = cache_key(vision_path, dataset.image_paths) if processes.is_main else None
+    key = cache_key(vision_path, dataset.fingerprints()) if processes.is_main else None
     cache = FeatureCache(folder, processes.broadcast(key))
 
     if processes.is_main and not cache.open():

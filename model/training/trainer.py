@@ -48,7 +48,7 @@ RECORDED_FLAGS += ("freeze_llm", "seed")
 # --- what a stage needs ---------------------------------------------------------------------------------------------
 
 
-def prepare(args, weights, allow_missing_projector, resume_state, is_main):
+def prepare(args, weights, allow_missing_projector, resume_state, processes):
     """Loads everything a stage needs: (parts, dataset, validation dataset or None).
 
     weights: the file to start from, or None for random weights; a resumed run doesn't need it any more.
@@ -65,10 +65,13 @@ def prepare(args, weights, allow_missing_projector, resume_state, is_main):
         allow_missing_projector=allow_missing_projector,
         seed=args.seed,
     )
-    if is_main and parts.summary:
+    if processes.is_main and parts.summary:
         print(parts.summary, flush=True)
 
-    # token ids and answer flags of all records; pictures are read later, batch by batch
+    # token ids and answer flags of all records; pictures are read later, batch by batch. One process of each machine
+    # reads the files, and the others what it has kept in out_dir
+    if not processes.is_local_main:
+        processes.barrier()
     datasets = []
     for path in (args.data_path, args.val_path):
         dataset = path and VLMDataset(
@@ -78,11 +81,16 @@ def prepare(args, weights, allow_missing_projector, resume_state, is_main):
             parts.model.config,
             args.max_seq_len,
             parts.encoder.image_size,
+            args.out_dir,
             strict=args.strict,
             max_fraction=args.max_bad_fraction,
-            notify=tell if is_main else None,
+            notify=tell if processes.is_main else None,
         )
+        if path and processes.is_main:
+            print(f"data: {dataset.describe()}", flush=True)
         datasets.append(dataset)
+    if processes.is_local_main:
+        processes.barrier()
     return parts._replace(model=parts.model.to(args.device)), *datasets
 
 
@@ -170,12 +178,12 @@ def train(args, stage, from_scratch=False):
             if resume_state is None and processes.is_main:
                 print(f"nothing to resume: {state_file(weights_file)} not found; starting from the beginning")
 
-        # refuse what is missing before any work
-        parts, dataset, val_dataset = prepare(args, weights, starts_from == "llm", resume_state, processes.is_main)
+        # refuse what is missing, and an out_dir that can't be written to, before any work
         try:
             Path(args.out_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BadInput(f"{args.out_dir} could not be created ({error.strerror}): name another --out_dir") from None
+        parts, dataset, val_dataset = prepare(args, weights, starts_from == "llm", resume_state, processes)
 
         # run the frozen CLIP once over all pictures; from then on items carry its features instead of pixels
         if args.cache_features:

@@ -1,14 +1,17 @@
-"""What a file of as many records as the real ones costs: seconds to the first batch, memory of the run and of each worker.
+"""What data of the size of the real ones cost, by their form: seconds to the first batch, memory, pictures a second.
 
-    python tests/benchmarks/bench_start.py                           # 595,000 records; 0, 2 and 8 workers
-    python tests/benchmarks/bench_start.py --records 230000 --start_method spawn
+    python tests/benchmarks/bench_start.py                           # 600,000 records; files, zip, Parquet; 0, 2 and 8 workers
+    python tests/benchmarks/bench_start.py --records 230000 --forms files --start_method spawn
 
-In a temporary folder it writes captions of 30 to 60 tokens with a picture each (links to 64 files), and for every number of
-workers starts a process of its own that does what a training does before its first step, then reads 20 batches of 16. Memory
-is what Linux tells: the peak of the main process, and of a worker what no other process shares. Every line is JSON.
+In a temporary folder it writes captions of 12 to 24 words and as many JPEGs of 128x128 pixels, about 2 kB each, as files, in a zip
+(stored), and inside Parquet of 12 row groups. For each form and number of workers a process of its own does what a training
+does before its first step, then reads 200 batches of 16 in a training's random order. The first process of a form reads and
+tokenises everything; the others find what it kept. Files are in the page cache. Memory is what Linux tells: the peak of the main
+process, and of a worker what no other process shares. Every line is JSON.
 """
 
 import argparse
+import io
 import json
 import os
 import random
@@ -16,11 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from made_up import make_files, words  # puts the repository on the path
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from dataset.batches import LengthBatches
@@ -31,18 +36,52 @@ from model.conversation import tokenizer_fields
 from model.LMConfig import LMConfig
 
 
-def write_records(folder, count):
-    """As many records of their own name and words as asked, over the few pictures that are there."""
+def make_pictures(count):
+    """JPEGs of about 2 kB, all different."""
+    random_numbers = np.random.default_rng(0)
+    shapes = random_numbers.integers(0, 255, (4096, 6, 6, 3), dtype=np.uint8)
+    files = []
+    for shape in shapes:
+        file = io.BytesIO()
+        Image.fromarray(shape).resize((128, 128), Image.Resampling.BICUBIC).save(file, "JPEG", quality=75)
+        files.append(file.getvalue())
+    for i in range(count):
+        yield (
+            files[random_numbers.integers(len(files))] + f"{i:08d}".encode()
+        )  # what follows the end of a JPEG is ignored
+
+
+def write_data(folder, count, form):
+    """Writes records and pictures of a form -> (data_path, images_path)."""
     rng = random.Random(0)
-    vocabulary, pictures = words(rng, 20000), sorted((folder / "images").iterdir())
-    with open(folder / "data.json", "w", encoding="utf-8") as file:
-        for i in range(count):
-            name = f"GCC_train_{i:09d}.jpg"
-            os.link(pictures[i % len(pictures)], folder / "images" / name)
-            text = " ".join(rng.choices(vocabulary, k=rng.randint(12, 24)))
-            record = make_record([name], [("Describe the picture.\n<image>", text)])
-            file.write(("[" if i == 0 else ",\n") + json.dumps(record))
-        file.write("]")
+    vocabulary = words(rng, 20000)
+    folder.mkdir()
+    archive = zipfile.ZipFile(folder / "images.zip", "w") if form == "zip" else None
+    records, pictures = [], []
+    for i, picture in enumerate(make_pictures(count)):
+        name = f"{i // 1000:05d}/{i:09d}.jpg"
+        text = " ".join(rng.choices(vocabulary, k=rng.randint(12, 24)))
+        records.append(make_record([name], [("Describe the picture.\n<image>", text)]))
+        if form == "zip":
+            archive.writestr(name, picture)
+        elif form == "parquet":
+            pictures.append(picture)
+        else:
+            if i % 1000 == 0:
+                (folder / "images" / f"{i // 1000:05d}").mkdir(parents=True)
+            (folder / "images" / name).write_bytes(picture)
+
+    if form == "parquet":
+        import pyarrow.parquet
+
+        table = {"conversations": [json.dumps(record["conversations"]) for record in records], "image_bytes": pictures}
+        pyarrow.parquet.write_table(pyarrow.table(table), folder / "data.parquet", row_group_size=-(-count // 12))
+        return folder / "data.parquet", folder / "nowhere"
+    (folder / "data.json").write_text(json.dumps(records), encoding="utf-8")
+    if form == "zip":
+        archive.close()
+        return folder / "data.json", folder / "images.zip"
+    return folder / "data.json", folder / "images"
 
 
 def own_memory(pid):
@@ -57,12 +96,12 @@ def peak_memory():
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
-def measure(folder, workers, start_method):
-    """Start to first batch, and 20 batches, in this process."""
-    tokenizer, base = load_tokenizer(folder / "tokenizer"), own_memory("self")
+def measure(form, data_path, images_path, tokenizer_path, workers, start_method):
+    """Start to first batch, and 200 batches, in this process."""
+    tokenizer, base = load_tokenizer(tokenizer_path), own_memory("self")
     begun = time.time()
     config = LMConfig(**tokenizer_fields(tokenizer))
-    dataset = VLMDataset(folder / "data.json", folder / "images", tokenizer, config, 512, 224)
+    dataset = VLMDataset(data_path, images_path, tokenizer, config, 512, 224, data_path.parent / "out")
     read = time.time() - begun
     batches = LengthBatches(np.arange(len(dataset)), dataset.lengths, 16, 16)
     loader = DataLoader(
@@ -75,11 +114,16 @@ def measure(folder, workers, start_method):
     iterator = iter(loader)
     next(iterator)
     first = time.time() - begun
-    for _ in range(20):
+    for _ in range(2 * workers):  # what was read ahead meanwhile
         next(iterator)
+    reading = time.time()
+    for _ in range(200):
+        next(iterator)
+    reading = time.time() - reading
     children = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True, check=False).stdout
     own = [own_memory(pid) for pid in children.split() if os.path.exists(f"/proc/{pid}/smaps_rollup")]
     result = {
+        "form": form,
         "records": len(dataset),
         "tokens": int(dataset.lengths.sum()),
         "workers": workers,
@@ -88,6 +132,7 @@ def measure(folder, workers, start_method):
         "cores": os.cpu_count(),
         "seconds_to_read": round(read, 1),
         "seconds_to_first_batch": round(first, 1),
+        "pictures_a_second": round(200 * 16 / reading),
         "main_peak_mb": round(peak_memory()),
         "main_mb": round(own_memory("self")),
         "main_mb_before": round(base),
@@ -98,19 +143,22 @@ def measure(folder, workers, start_method):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=int, default=595_000)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2, 8])
+    parser.add_argument("--records", type=int, default=600_000)
+    parser.add_argument("--forms", nargs="+", choices=["files", "zip", "parquet"], default=["files", "zip", "parquet"])
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 0, 2, 8])
     parser.add_argument("--start_method", choices=["fork", "spawn"], default="fork")
-    parser.add_argument("--folder", type=Path, help="measure in this folder, made by an earlier call")
+    parser.add_argument("--measure", type=Path, nargs=3, help="data, pictures and tokenizer made by an earlier call")
     args = parser.parse_args()
-    if args.folder:
-        return measure(args.folder, args.workers[0], args.start_method)
+    if args.measure:
+        return measure(args.forms[0], *args.measure, args.workers[0], args.start_method)
     with tempfile.TemporaryDirectory() as name:
         make_files(Path(name), 64)
-        write_records(Path(name), args.records)
-        for workers in args.workers:
-            flags = ["--folder", name, "--workers", str(workers), "--start_method", args.start_method]
-            subprocess.run([sys.executable, __file__, *flags], check=True)
+        for form in args.forms:
+            paths = write_data(Path(name) / form, args.records, form)
+            for workers in args.workers:
+                flags = ["--forms", form, "--workers", str(workers), "--start_method", args.start_method]
+                paths_flags = ["--measure", *map(str, paths), f"{name}/tokenizer"]
+                subprocess.run([sys.executable, __file__, *flags, *paths_flags], check=True)
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ def main():
         args.vision_path, args.tokenizer_path = str(folder / "clip"), str(folder / "tokenizer")
         args.data_path, args.images_path, args.out_dir = folder / "data.json", folder / "images", folder / "out"
         processes = Processes(args.device)
-        parts, dataset, _ = prepare(args, None, True, None, is_main=False)
+        parts, dataset, _ = prepare(args, None, True, None, processes)
         (folder / "out").mkdir()
         if args.cache_features:
             places = {"folder": folder / "out" / "features", "vision_path": args.vision_path}

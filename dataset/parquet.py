@@ -1,0 +1,165 @@
+"""Parquet files that hold pictures: unpacked once into an Arrow file, from which any row can be read at any time.
+
+To read one row of a Parquet file, all of its row group must be decompressed, often 100 MB; training reads rows in random
+order. The Arrow file has the same rows uncompressed, is mapped into memory, and is shared by all processes. Its columns:
+`record`, JSON text of the one form (records.py), and `pictures`, the bytes of the row's pictures as they were.
+
+Formats: https://parquet.apache.org/docs/file-format/, https://arrow.apache.org/docs/format/Columnar.html (IPC file).
+"""
+
+import functools
+import hashlib
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from model.errors import BadInput
+
+from .records import PICTURE_KEYS, TALK_KEYS, as_record
+
+ROWS = 1024  # that are unpacked at once
+FORMAT = 1  # of the Arrow file; another one is unpacked again
+
+
+def import_pyarrow():
+    """The optional package `pyarrow`. BadInput if it is not installed."""
+    try:
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError:
+        raise BadInput("to read Parquet files, pyarrow is needed: pip install pyarrow") from None
+    return pyarrow
+
+
+def unpack(file, cache_dir, quiet):
+    """The Arrow file of a Parquet file in `cache_dir`; made if it isn't there yet. quiet: shows no progress.
+
+    BadInput if the Parquet file is damaged or has other columns, or if there is no room for the Arrow file.
+    """
+    stat = file.stat()
+    identity = f"{FORMAT} {file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    target = Path(cache_dir) / f"{file.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.arrow"
+    if target.exists():
+        return target
+
+    pyarrow = import_pyarrow()
+    partial = target.with_suffix(".tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with pyarrow.parquet.ParquetFile(file, memory_map=True) as parquet:
+            columns = columns_of(file, parquet)
+            free = shutil.disk_usage(target.parent).free
+            if free < stat.st_size:
+                raise BadInput(
+                    f"{file} has {stat.st_size / 1e9:.1f} GB of rows to unpack into {target.parent}, where "
+                    f"{free / 1e9:.1f} GB are free: make room, or name another --out_dir"
+                )
+            write_arrow(
+                parquet,
+                columns,
+                partial,
+                tqdm(
+                    total=parquet.metadata.num_rows,
+                    desc=f"unpacking {file.name} once",
+                    unit=" rows",
+                    disable=quiet or None,
+                ),
+            )
+        os.replace(partial, target)
+    except pyarrow.ArrowInvalid as error:
+        raise BadInput(f"{file} is damaged, or not a Parquet file ({first_line(error)}): download it again") from None
+    except OSError as error:
+        # pyarrow raises OSError for damaged pages, too, but without an error number
+        if error.errno is None:
+            raise BadInput(f"{file} is damaged ({first_line(error)}): download it again") from None
+        raise BadInput(f"{file} could not be unpacked into {target.parent} ({error.strerror})") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def first_line(error):
+    return str(error).strip().splitlines()[0]
+
+
+def columns_of(file, parquet):
+    """The columns to read: turns, pictures and the kind of a question. BadInput if there are no turns."""
+    names = parquet.schema_arrow.names
+    columns = [name for name in (*TALK_KEYS, *PICTURE_KEYS, "kind") if name in names]
+    if not any(name in TALK_KEYS for name in columns):
+        raise BadInput(
+            f"{file} has the columns {', '.join(names)}, but none of {', '.join(TALK_KEYS)}: see dataset/README.md for the forms"
+        )
+    return columns
+
+
+def write_arrow(parquet, columns, target, bar):
+    """Writes the rows of an open Parquet file to an Arrow file."""
+    import pyarrow
+
+    schema = pyarrow.schema([("record", pyarrow.string()), ("pictures", pyarrow.list_(pyarrow.binary()))])
+    with pyarrow.OSFile(str(target), "wb") as file, pyarrow.ipc.new_file(file, schema) as writer, bar:
+        for batch in parquet.iter_batches(ROWS, columns=columns):
+            rows = [unpack_row(row) for row in batch.to_pylist()]
+            records, pictures = zip(*rows, strict=True)
+            writer.write(
+                pyarrow.record_batch([pyarrow.array(records), pyarrow.array(pictures, schema.types[1])], schema=schema)
+            )
+            bar.update(len(rows))
+
+
+def unpack_row(row):
+    """A row -> (its record as JSON text, the bytes of its pictures). A record whose pictures are names has no bytes."""
+    record = as_record(row)
+    pictures = record.get("image")
+    inside = isinstance(pictures, list) and all(isinstance(picture, bytes) for picture in pictures)
+    if not inside:
+        return json.dumps(record, default=str), []
+
+    # text-only rows of MiniMind-3v's data carry a small black picture, as their code needs one
+    if all(map(is_filler, pictures)) and "<image>" not in str(record["conversations"]):
+        pictures = []
+    return json.dumps({**record, "image": len(pictures)}, default=str), pictures
+
+
+@functools.lru_cache(64)
+def is_filler(picture):
+    """Whether a picture, as bytes, is 8 x 8 pixels of black."""
+    try:
+        with Image.open(io.BytesIO(picture)) as image:
+            return image.size == (8, 8) and not any(image.convert("L").tobytes())
+    except Exception:  # noqa: BLE001  Pillow's decoders raise all kinds of exceptions; a broken picture is found later
+        return False
+
+
+class Rows:
+    """The rows of an Arrow file that `unpack` made."""
+
+    def __init__(self, path):
+        self.path = path
+        self.columns = None
+
+    def __getstate__(self):
+        """What pickle sends to a DataLoader worker: only the path, as each worker maps the file itself."""
+        return {"path": self.path, "columns": None}
+
+    def column(self, name):
+        """A column of all rows, mapped into memory."""
+        if self.columns is None:
+            pyarrow = import_pyarrow()
+            self.columns = pyarrow.ipc.open_file(pyarrow.memory_map(str(self.path))).read_all()
+        return self.columns[name]
+
+    def records(self):
+        """Yields each row's record; for pictures that are inside, its `image` is their number."""
+        for chunk in self.column("record").chunks:
+            yield from map(json.loads, chunk.to_pylist())
+
+    def open_picture(self, row, number):
+        """One picture of a row as a Pillow image."""
+        return Image.open(io.BytesIO(self.column("pictures")[row].values[number].as_py()))

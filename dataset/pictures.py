@@ -1,0 +1,204 @@
+"""Pictures by name: in a folder, or read in place from a zip or tar archive; and which file a record's name means.
+
+Zip format: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT, 4.3.7 (local header).
+"""
+
+import hashlib
+import io
+import os
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections import Counter
+from itertools import islice
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from PIL import Image
+
+from model.errors import BadInput
+from model.files import refuse_lfs_pointer
+from model.images import read_pixels
+
+COCO_PREFIX = "COCO_train2014_"
+TRIED = 100  # names, to find out how records spell them
+FOLDERS = 1000  # of an archive or a folder in which names are looked for
+
+
+def open_pictures(path):
+    """The pictures of a folder or an archive. BadInput if it is neither."""
+    path = Path(path)
+    if path.is_dir():
+        return PictureFolder(path)
+    if path.is_file():
+        return PictureArchive(path)
+    raise BadInput(f"{path} is not a folder or archive: see dataset/README.md for the pictures, or use --images_path")
+
+
+def stamp(path):
+    """Size and time of change of a file as text; that of a missing one differs, too."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        stat = None
+    return str(stat and (stat.st_size, stat.st_mtime_ns))
+
+
+class PictureFolder:
+    """Pictures in a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def has(self, name):
+        return (self.path / name).exists()
+
+    def folders(self):
+        """Folders to look into: this one, and those in it."""
+        inner = sorted(entry.name for entry in os.scandir(self.path) if entry.is_dir())
+        return ["", *inner[:FOLDERS]]
+
+    def read_pixels(self, name, size):
+        """A picture as uint8 pixels (3, size, size). BadRecord if it is missing or unreadable."""
+        return read_pixels(self.path / name, size)
+
+    def fingerprint(self, name):
+        """A text that changes when the picture does."""
+        return f"{self.path / name} {stamp(self.path / name)}"
+
+
+class PictureArchive:
+    """Pictures in a zip or an uncompressed tar file, read in place.
+
+    Half a million names would fill the memory of each worker process; the index has 40 bytes a member, in tensors that
+    workers share: `hashes` (M,), sorted, of the names; `places` (M, 4): offset in the file, stored bytes, whether they are
+    deflated, CRC-32. Of a zip, the offset is that of the local header, which precedes the data.
+    BadInput if the archive is damaged, encrypted, or compressed in another way.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        refuse_lfs_pointer(path)
+        try:
+            self.is_zip = zipfile.is_zipfile(path)
+            names, places = (read_zip_index if self.is_zip else read_tar_index)(path)
+        except (zipfile.BadZipFile, tarfile.TarError, NotImplementedError, EOFError) as error:
+            raise BadInput(
+                f"{path} is not a zip or tar archive, or is truncated ({error}): download it again"
+            ) from None
+        except OSError as error:
+            raise BadInput(f"{path} could not be read ({error.strerror})") from None
+        if not names:
+            raise BadInput(f"{path} has no files in it")
+
+        counts = Counter(str(PurePosixPath(name).parent) for name in names)
+        self.inner_folders = [name for name, _ in counts.most_common(FOLDERS)]
+        hashes = np.fromiter(map(name_hash, names), dtype=np.int64, count=len(names))
+        order = np.argsort(hashes)
+        self.hashes = torch.from_numpy(hashes[order])
+        self.places = torch.tensor(places, dtype=torch.int64)[order]
+
+    def find(self, name):
+        """The index of a member, or None."""
+        wanted = name_hash(name)
+        index = int(np.searchsorted(self.hashes.numpy(), wanted))
+        return index if index < len(self.hashes) and self.hashes[index] == wanted else None
+
+    def has(self, name):
+        return self.find(name) is not None
+
+    def folders(self):
+        """Folders to look into: the top, and those with the most members."""
+        return ["", *self.inner_folders]
+
+    def read(self, name):
+        """The bytes of a member. FileNotFoundError if there is none of this name, ValueError if it is damaged."""
+        index = self.find(name)
+        if index is None:
+            raise FileNotFoundError(2, "no such file in the archive")
+        offset, size, deflated, checksum = self.places[index].tolist()
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(offset)
+            if self.is_zip:
+                # a local header of 30 bytes, a name and extra fields, whose lengths are in its last 4 bytes
+                header = file.read(30)
+                file.seek(sum(struct.unpack("<HH", header[26:])), os.SEEK_CUR)
+            content = file.read(size)
+        if deflated:
+            content = zlib.decompress(content, wbits=-15)
+        if self.is_zip and zlib.crc32(content) != checksum:
+            raise ValueError("its checksum is wrong")
+        return content
+
+    def read_pixels(self, name, size):
+        """A picture as uint8 pixels (3, size, size). BadRecord if it is missing or damaged."""
+        return read_pixels(f"{self.path}/{name}", size, lambda _: Image.open(io.BytesIO(self.read(name))))
+
+    def fingerprint(self, name):
+        """A text that changes when the archive does."""
+        return f"{self.path}/{name} {stamp(self.path)}"
+
+
+def read_zip_index(path):
+    """(names, places) of the members of a zip file."""
+    with zipfile.ZipFile(path) as archive:
+        members = [info for info in archive.infolist() if not info.is_dir()]
+    for info in members:
+        if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise BadInput(f"{path}: {info.filename} is encrypted, or not compressed by deflate: unpack the archive")
+    names = [info.filename for info in members]
+    places = [(info.header_offset, info.compress_size, info.compress_type != 0, info.CRC) for info in members]
+    return names, places
+
+
+def read_tar_index(path):
+    """(names, places) of the members of a tar file."""
+    with open(path, "rb") as file:
+        if file.read(3) in (b"\x1f\x8b\x08", b"BZh", b"\xfd7z"):
+            raise BadInput(
+                f"{path} is compressed, so no picture in it can be read alone: decompress it to a .tar first"
+            )
+    with tarfile.open(path, "r:") as archive:
+        members = [info for info in archive if info.isfile()]
+    names = [info.name.removeprefix("./") for info in members]
+    return names, [(info.offset_data, info.size, 0, 0) for info in members]
+
+
+def name_hash(name):
+    """64 bits of a name, the same in every process."""
+    return int.from_bytes(
+        hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big", signed=True
+    )
+
+
+# --- names in records -> names of files -----------------------------------------------------------------------------
+
+
+class Spelling:
+    """How records spell the names of files: what to leave out of a name and what to put before it.
+
+    `coco/train2017/000.jpg` may be `train2017/000.jpg` or `000.jpg` in the folder; `000.jpg` may be `images/000.jpg`
+    there, or `COCO_train2014_000.jpg`. The first of `names` that is found in any of these ways decides for all.
+    """
+
+    def __init__(self, pictures, names):
+        self.dropped, self.folder, self.prefix = 0, "", ""
+        ways = [(folder, prefix) for folder in pictures.folders() for prefix in ("", COCO_PREFIX)]
+        for name in islice(names, TRIED):
+            for dropped in range(len(PurePosixPath(name).parts)):
+                for folder, prefix in ways:
+                    if pictures.has(spell(name, dropped, folder, prefix)):
+                        self.dropped, self.folder, self.prefix = dropped, folder, prefix
+                        return
+
+    def __call__(self, name):
+        return spell(name, self.dropped, self.folder, self.prefix)
+
+
+def spell(name, dropped, folder, prefix):
+    """A name without its first `dropped` folders, in a folder, and with a prefix to its last part."""
+    path = PurePosixPath(name)
+    path = PurePosixPath(folder, *path.parts[dropped:-1], prefix + path.name)
+    return str(path)
