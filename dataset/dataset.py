@@ -32,7 +32,7 @@ from model.errors import BadInput, BadRecord
 from model.files import write_atomically
 from model.model import positions_before_labels
 
-from .pictures import TRIED, stamp
+from .pictures import stamp
 from .records import Problems, chunked, parse_record
 from .source import Source
 
@@ -136,7 +136,7 @@ def encode_source(source, tokenizer, config, max_seq_len, problems):
     record_numbers = []
     num_truncated = 0
     row_of = {}  # image name -> row: images that several records share are kept once
-    sample_names = []  # the first names of pictures that are files of their own
+    needs_images_path = False
     for number, its_ids, its_flags, names, truncated in encode_records(
         source, tokenizer, config, max_seq_len, problems
     ):
@@ -145,10 +145,9 @@ def encode_source(source, tokenizer, config, max_seq_len, problems):
         is_answer.append(its_flags)
         image_rows.append(np.array([row_of.setdefault(name, len(row_of)) for name in names]))
         num_truncated += truncated
-        if names and len(sample_names) < TRIED and source.inside(names[0]) is None:
-            if not sample_names:
-                source.find_pictures(names)  # what is missing is reported before the work
-            sample_names += names
+        if names and not needs_images_path and source.inside(names[0]) is None:
+            source.open_images_path()  # if it is missing, this is said before the work
+            needs_images_path = True
 
     image_names = RaggedArray(np.uint8)
     for name in row_of:
@@ -161,7 +160,7 @@ def encode_source(source, tokenizer, config, max_seq_len, problems):
         "record_numbers": torch.tensor(record_numbers),
         "num_truncated": num_truncated,
         "num_partial": count_partial(ids, is_answer, tokenizer),
-        "sample_names": sample_names,
+        "needs_images_path": needs_images_path,
     }
 
 
@@ -212,7 +211,8 @@ class VLMDataset(Dataset):
         self.record_numbers = tables["record_numbers"]
         self.num_truncated = tables["num_truncated"]
         self.num_partial = tables["num_partial"]
-        source.find_pictures(tables["sample_names"])
+        if tables["needs_images_path"]:  # now, so that workers share the index of an archive
+            source.open_images_path()
 
     def tables(self, tokenizer, config, max_seq_len):
         """What `encode_source` returns, from the file in which it was kept if that holds for these records and tokenizer."""

@@ -11,7 +11,6 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -23,7 +22,7 @@ from model.files import refuse_lfs_pointer
 from model.images import read_pixels
 
 COCO_PREFIX = "COCO_train2014_"
-TRIED = 100  # names, to find out how records spell them
+TRIES = 100  # names that are looked for in all ways without success, until only known ways are tried
 FOLDERS = 1000  # of an archive or a folder in which names are looked for
 
 
@@ -53,7 +52,7 @@ class PictureFolder:
         self.path = path
 
     def has(self, name):
-        return (self.path / name).exists()
+        return os.path.exists(self.path / name)
 
     def folders(self):
         """Folders to look into: this one, and those in it."""
@@ -177,28 +176,37 @@ def name_hash(name):
 
 
 class Spelling:
-    """How records spell the names of files: what to leave out of a name and what to put before it.
+    """Finds the file that a record's name means: its folders may be others, and COCO's prefix may be there or not.
 
-    `coco/train2017/000.jpg` may be `train2017/000.jpg` or `000.jpg` in the folder; `000.jpg` may be `images/000.jpg`
-    there, or `COCO_train2014_000.jpg`. The first of `names` that is found in any of these ways decides for all.
+    `coco/train2017/1.jpg` may lie in the folder as `train2017/1.jpg` or `1.jpg`; `1.jpg` as `images/1.jpg`, or as
+    `COCO_train2014_1.jpg`. What has helped with a name is tried first for the next ones.
     """
 
-    def __init__(self, pictures, names):
-        self.dropped, self.folder, self.prefix = 0, "", ""
-        ways = [(folder, prefix) for folder in pictures.folders() for prefix in ("", COCO_PREFIX)]
-        for name in islice(names, TRIED):
-            for dropped in range(len(PurePosixPath(name).parts)):
-                for folder, prefix in ways:
-                    if pictures.has(spell(name, dropped, folder, prefix)):
-                        self.dropped, self.folder, self.prefix = dropped, folder, prefix
-                        return
+    def __init__(self, pictures):
+        self.pictures = pictures
+        self.folders = pictures.folders()
+        self.known = [(0, "", "")]  # ways that have helped: folders to drop from a name, a folder and a prefix to add
+        self.tries_left = TRIES
 
     def __call__(self, name):
-        return spell(name, self.dropped, self.folder, self.prefix)
+        """The name of the file; the name as it is, if no way leads to one."""
+        for way in self.known:
+            if self.pictures.has(spell(name, *way)):
+                return spell(name, *way)
+        if self.tries_left:
+            for dropped in range(len(PurePosixPath(name).parts)):
+                for folder in self.folders:
+                    for prefix in ("", COCO_PREFIX):
+                        if self.pictures.has(spell(name, dropped, folder, prefix)):
+                            self.known.append((dropped, folder, prefix))
+                            return spell(name, dropped, folder, prefix)
+            self.tries_left -= 1
+        return name
 
 
 def spell(name, dropped, folder, prefix):
     """A name without its first `dropped` folders, in a folder, and with a prefix to its last part."""
+    if not (dropped or folder or prefix):
+        return name
     path = PurePosixPath(name)
-    path = PurePosixPath(folder, *path.parts[dropped:-1], prefix + path.name)
-    return str(path)
+    return str(PurePosixPath(folder, *path.parts[dropped:-1], prefix + path.name))

@@ -39,7 +39,7 @@ class Source:
         self.cache_dir = out_dir and Path(out_dir) / "data"
         self.quiet = quiet
         self.rows = {}  # number of a Parquet file -> Rows, see `rows_of`
-        self.pictures = None  # those of images_path, see `find_pictures`
+        self.pictures = None  # those of images_path, once `open_images_path` is called
         self.spelling = None
 
     def __str__(self):
@@ -73,20 +73,17 @@ class Source:
         """(number of the Parquet file, row, number in the row) of a picture that is inside a Parquet file; else None."""
         return tuple(map(int, name[1:].split())) if name.startswith("\0") else None
 
-    def find_pictures(self, names):
-        """Opens images_path and finds out how `names`, some of the records', are spelled there; not if all are inside.
-
-        BadInput if images_path is neither a folder nor an archive.
-        """
-        names = [name for name in names if self.inside(name) is None]
-        if names:
-            self.pictures = self.pictures or open_pictures(self.images_path)
-            self.spelling = Spelling(self.pictures, names)
+    def open_images_path(self):
+        """Opens images_path, once. BadInput if it is neither a folder nor an archive."""
+        if self.pictures is None:
+            self.pictures = open_pictures(self.images_path)
+            self.spelling = Spelling(self.pictures)
 
     def read_pixels(self, name, size):
         """A picture as uint8 pixels (3, size, size). BadRecord if it is missing or unreadable."""
         place = self.inside(name)
         if place is None:
+            self.open_images_path()
             return self.pictures.read_pixels(self.spelling(name), size)
         number, row, i = place
         shown = f"{self.files[number]}, row {row}, picture {i}"
@@ -96,6 +93,7 @@ class Source:
         """A text that changes when the picture does."""
         place = self.inside(name)
         if place is None:
+            self.open_images_path()
             return self.pictures.fingerprint(self.spelling(name))
         return f"{self.files[place[0]]} {place} {stamp(self.files[place[0]])}"
 

@@ -16,7 +16,6 @@ import shutil
 import sys
 from functools import partial
 from importlib import metadata
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -238,9 +237,9 @@ class Doctor:
 
     def check_pictures(self, what, folder, names, get):
         try:
-            if names:
-                self.source.find_pictures([*chain(*names)])
-            elif not folder.exists():
+            if any(self.source.inside(name) is None for its_names in names for name in its_names):
+                self.source.open_images_path()
+            elif not names and not folder.exists():
                 raise BadInput(get)
         except BadInput as problem:
             self.report("missing", what, folder, f"{problem}; or {get}" if folder.exists() else get)

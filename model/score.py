@@ -33,7 +33,6 @@ def score(chat, data_path, images_path, out_dir, seed=0):
     sets = list(dict.fromkeys(names))
     if len({len(one) for one in sets}) > 1 or not sets[0]:
         raise BadInput(f"{data_path}: to score, all records need pictures, and the same number of them")
-    source.find_pictures([name for one in sets for name in one])
     features = {}  # set of names -> (n, P, V)
     for begin in range(0, len(sets), 32):
         part = sets[begin : begin + 32]
