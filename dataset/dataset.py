@@ -187,10 +187,10 @@ def count_partial(ids, is_answer, tokenizer):
 class VLMDataset(Dataset):
     """One item per record: `input_ids` (T,), `labels` (T,), and its images as `pixel_values`, a list of n (3, S, S) uint8.
 
-    data_path, images_path: as in `Source`. The constructor reads and tokenises everything once, into flat arrays that worker
-    processes share; with an `out_dir` it keeps them in its folder `data`, and maps that file the next time. Records that can't be used, or
-    whose answers all lie beyond `max_seq_len`, are skipped and counted in `problems`, a `Problems(**strictness)`;
-    `num_truncated` counts the records that lose a part. BadInput if none is left.
+    data_path, images_path, out_dir: as in `Source`. The constructor reads and tokenises everything once, into flat arrays that
+    worker processes share; if there is an out_dir it keeps them in its folder `data`, and maps that file the next time.
+    Records that can't be used, or whose answers all lie beyond `max_seq_len`, are skipped and counted in `problems`, a
+    `Problems(**strictness)`; `num_truncated` counts the records that lose a part. BadInput if none is left.
 
     A record whose image turns out to be bad when it is opened is replaced by the next good one, so that batches keep their
     size and resumed runs continue with the same samples; the item reports it in `problems`.
@@ -215,7 +215,7 @@ class VLMDataset(Dataset):
             source.open_images_path()
 
     def tables(self, tokenizer, config, max_seq_len):
-        """What `encode_source` returns, from the file in which it was kept if that holds for these records and tokenizer."""
+        """What `encode_source` returns: from the file in which it was kept, if it was for these records and this tokenizer."""
         source = self.source
         paths = [str(file.resolve()) for file in source.files]
         marks = [config.image_special_token, config.image_ids, config.bos_token_id, config.eos_token_id]

@@ -119,12 +119,17 @@ def unpack_row(row):
     pictures = record.get("image")
     inside = isinstance(pictures, list) and all(isinstance(picture, bytes) for picture in pictures)
     if not inside:
-        return json.dumps(record, default=str), []
+        return json.dumps(record, default=as_text), []
 
     # text-only rows of MiniMind-3v's data carry a small black picture, as their code needs one
-    if all(map(is_filler, pictures)) and "<image>" not in str(record["conversations"]):
+    if "<image>" not in str(record["conversations"]) and all(map(is_filler, pictures)):
         pictures = []
-    return json.dumps({**record, "image": len(pictures)}, default=str), pictures
+    return json.dumps({**record, "image": len(pictures)}, default=as_text), pictures
+
+
+def as_text(value):
+    """For values that JSON doesn't have, as dates; bytes may be long and are only named."""
+    return "bytes" if isinstance(value, bytes) else str(value)
 
 
 @functools.lru_cache(64)

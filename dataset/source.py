@@ -27,9 +27,9 @@ SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)$")  # as Hugging Face names the parts o
 class Source:
     """The data of a training, a check or a score: its records, and the pictures that they name.
 
-    data_path: a file of records, a folder of Parquet (or JSON) files, or a list of both. images_path: the folder or archive of
-        their pictures; it need not exist if pictures are inside the Parquet files. out_dir: Parquet files are unpacked into its
-    folder `data`. quiet: shows no progress.
+    data_path: a file of records, a folder of Parquet (or JSON) files, or a list of both. images_path: the folder or archive
+    of their pictures; it need not exist if pictures are inside the Parquet files. out_dir: Parquet files are unpacked into
+    its folder `data`. quiet: shows no progress. BadInput if a file is missing, damaged or of no known form.
     """
 
     def __init__(self, data_path, images_path, out_dir=None, quiet=False):
@@ -38,7 +38,10 @@ class Source:
         self.images_path = images_path
         self.cache_dir = out_dir and Path(out_dir) / "data"
         self.quiet = quiet
-        self.rows = {}  # number of a Parquet file -> Rows, see `rows_of`
+        self.rows = {}  # number of a Parquet file -> its Rows
+        for number, form in enumerate(self.forms):
+            if form == "Parquet":
+                self.rows[number] = Rows(unpack(self.files[number], self.cache_dir, quiet))
         self.pictures = None  # those of images_path, once `open_images_path` is called
         self.spelling = None
 
@@ -46,10 +49,7 @@ class Source:
         return str(self.files[0]) if len(self.files) == 1 else f"{self.files[0].parent} ({len(self.files)} files)"
 
     def records(self):
-        """Yields (where, record) of all files, one after the other; `where` names file and record in messages.
-
-        BadInput if a file can't be read.
-        """
+        """Yields (where, record) of all files, one after the other; `where` names file and record in messages."""
         for number, (file, form) in enumerate(zip(self.files, self.forms, strict=True)):
             with tqdm(desc=str(file), unit=" records", disable=self.quiet or None, leave=False) as bar:
                 for where, record in self.read_parquet(number) if form == "Parquet" else read_json(file, form):
@@ -58,16 +58,10 @@ class Source:
 
     def read_parquet(self, number):
         """Yields (where, record) of a Parquet file. Pictures inside get names that no file can have, see `inside`."""
-        for row, record in enumerate(self.rows_of(number).records()):
+        for row, record in enumerate(self.rows[number].records()):
             if isinstance(record.get("image"), int):
                 record["image"] = [f"\0{number} {row} {i}" for i in range(record["image"])]
             yield f"{self.files[number]}, row {row}", record
-
-    def rows_of(self, number):
-        """The unpacked rows of a Parquet file."""
-        if number not in self.rows:
-            self.rows[number] = Rows(unpack(self.files[number], self.cache_dir, self.quiet))
-        return self.rows[number]
 
     def inside(self, name):
         """(number of the Parquet file, row, number in the row) of a picture that is inside a Parquet file; else None."""
@@ -87,7 +81,7 @@ class Source:
             return self.pictures.read_pixels(self.spelling(name), size)
         number, row, i = place
         shown = f"{self.files[number]}, row {row}, picture {i}"
-        return read_pixels(shown, size, lambda _: self.rows_of(number).open_picture(row, i))
+        return read_pixels(shown, size, lambda _: self.rows[number].open_picture(row, i))
 
     def fingerprint(self, name):
         """A text that changes when the picture does."""
