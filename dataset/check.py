@@ -1,5 +1,7 @@
 """Reads files of records, of any form, and all their pictures before training does; reports which can't be used, and why.
 
+Of each reason the first ten are shown. Ends with exit code 1 if any record can't be used.
+
 python -m dataset.check dataset/pretrain_vlm_data.json --images_path dataset/pretrain_images
 python -m dataset.check dataset/pretrain_i2t.parquet     # with the pictures inside
 """
@@ -30,20 +32,21 @@ def check_pictures(dataset, workers):
     """Opens all pictures of a VLMDataset and adds the records whose pictures can't be read to its `problems`."""
     pictures = Pictures(dataset)
     loader = DataLoader(pictures, batch_size=64, collate_fn=collate_pictures, num_workers=workers)
-    bad = {}  # row of a picture -> BadRecord
+    bad = {}  # row of a picture -> (reason, message)
     row = 0
-    with tqdm(total=len(pictures), unit="picture", desc="pictures") as bar:
+    with tqdm(total=len(pictures), unit=" pictures", desc="pictures") as bar:
         for _, problems in loader:
             for problem in problems:
                 if problem:
-                    bad[row] = BadRecord(*problem)
+                    bad[row] = problem
                 row += 1
             bar.update(len(problems))
 
     # a bad picture spoils every record that names it
     for index, number in enumerate(dataset.record_numbers.tolist()):
         for row in bad.keys() & set(dataset.image_rows[index].tolist()):
-            dataset.problems.add(bad[row], number)
+            reason, message = bad[row]
+            dataset.problems.add(BadRecord(reason, f"record {number}: {message}"), number)
 
 
 def report(dataset):
@@ -70,9 +73,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="FILE", help="files of records, or a folder of them")
     parser.add_argument("--images_path", default="dataset/pretrain_images", help="folder or archive of their pictures")
-    parser.add_argument("--out_dir", default="out", help="folder in which Parquet files are unpacked")
+    parser.add_argument("--out_dir", default="out", help="folder in which Parquet rows and tokens are kept")
     parser.add_argument("--tokenizer_path", default=TOKENIZER_PATH, help="folder of the tokenizer")
-    parser.add_argument("--max_seq_len", type=int, default=512, help="as in training")
+    parser.add_argument("--max_seq_len", type=int, default=512, help="tokens a record, as in training")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes that read pictures")
     demo = {name: DEMO_MODEL[name] for name in ("images_path", "tokenizer_path")}
     args = parse_with_demo(parser, demo)
@@ -80,7 +83,7 @@ def main():
     config = LMConfig(**tokenizer_fields(tokenizer))
 
     # any number of bad records is tolerated: all of them should be reported
-    strictness = {"strict": False, "max_fraction": 1.0, "notify": tqdm.write}
+    strictness = {"strict": False, "max_fraction": 1.0, "notify": tqdm.write, "num_shown": 10}
     dataset = VLMDataset(
         args.files, args.images_path, tokenizer, config, args.max_seq_len, IMAGE_SIZE, args.out_dir, **strictness
     )

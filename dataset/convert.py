@@ -4,9 +4,10 @@
     python -m dataset.convert captions.csv photos/ my_photos.json --question "What is in this picture?"
 
 CSV: UTF-8, with a header line that names the columns `image`, `caption` (or `answer`) and, if there are questions,
-`question`, separated by `,`, `;` or tabs. JSON, in a file named .jsonl, .ndjson or .json: one object per line, or a list of them, with the same
-names, or ready records of the forms that training reads. `image` may name several pictures, as in `a.jpg, b.jpg`; one `<image>` for each
-is put before the question unless it has its own. A row without a question gets the one of --question.
+`question`, separated by `,`, `;` or tabs. JSON, in a file named .jsonl, .ndjson or .json: one object per line, or a list of
+them, with the same names, or records that training could read itself. `image` may name several pictures, as in
+`a.jpg, b.jpg`; one `<image>` for each is put before the question unless it has its own. A row without a question gets the one
+of --question.
 
 Only the headers of pictures are read, which keeps large folders fast; truncated pictures surface in training. Errors are
 reported with their line or number, and the target is written only if there are none.
@@ -14,6 +15,7 @@ reported with their line or number, and the target is written only if there are 
 
 import argparse
 import codecs
+import contextlib
 import csv
 import functools
 import io
@@ -142,8 +144,9 @@ def picture_problem(path):
 def validated_names(record, where, folder, placeholder, problem_of):
     """The names of a record's pictures. BadInput if training could not use the record."""
     _, names = parse_record(record, where, placeholder)
-    if len(names) > 1 and os.path.isfile(folder / record["image"]):
-        raise BadInput(f"{where}: rename the picture {record['image']!r}: a comma separates two names")
+    joined = ", ".join(names)
+    if len(names) > 1 and os.path.isfile(folder / joined):
+        raise BadInput(f"{where}: rename the picture {joined!r}: a comma separates two names")
     for name in names:
         problem = problem_of(folder / name)
         if problem:
@@ -156,6 +159,9 @@ def validated_names(record, where, folder, placeholder, problem_of):
 
 def convert(source, folder, default_question):
     """(the records of a file, how many pictures they name, unused columns). BadInput lists what is wrong, one line each."""
+    with contextlib.suppress(OSError), open(source, "rb") as file:
+        if file.read(4) == b"PAR1":
+            raise BadInput(f"{source} is Parquet, which training reads as it is: --data_path {source}")
     is_json = source.suffix.lower() in (".jsonl", ".ndjson", ".json")
     rows = Source(source, folder).records() if is_json else csv_rows(source, read_text(source))
     if not folder.is_dir():

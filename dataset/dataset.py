@@ -29,12 +29,11 @@ from torch.utils.data import Dataset
 
 from model.conversation import encode_conversations, plain_backend
 from model.errors import BadInput, BadRecord
-from model.files import write_atomically
+from model.files import stamp, write_atomically
 from model.model import positions_before_labels
 
-from .pictures import stamp
 from .records import Problems, chunked, parse_record
-from .source import Source
+from .source import Source, place_inside
 
 FORMAT = 1  # of the file in which tokens are kept
 BLOCK = 4096  # records that are tokenised at once
@@ -137,16 +136,15 @@ def encode_source(source, tokenizer, config, max_seq_len, problems):
     num_truncated = 0
     row_of = {}  # image name -> row: images that several records share are kept once
     needs_images_path = False
-    for number, its_ids, its_flags, names, truncated in encode_records(
-        source, tokenizer, config, max_seq_len, problems
-    ):
+    encoded = encode_records(source, tokenizer, config, max_seq_len, problems)
+    for number, record_ids, record_flags, names, truncated in encoded:
         record_numbers.append(number)
-        ids.append(its_ids)
-        is_answer.append(its_flags)
+        ids.append(record_ids)
+        is_answer.append(record_flags)
         image_rows.append(np.array([row_of.setdefault(name, len(row_of)) for name in names]))
         num_truncated += truncated
-        if names and not needs_images_path and source.inside(names[0]) is None:
-            source.open_images_path()  # if it is missing, this is said before the work
+        if names and not needs_images_path and place_inside(names[0]) is None:
+            source.open_images_path()  # fail now if it is missing, not after tokenising everything
             needs_images_path = True
 
     image_names = RaggedArray(np.uint8)
@@ -164,13 +162,13 @@ def encode_source(source, tokenizer, config, max_seq_len, problems):
     }
 
 
-def read_tables(file, key):
+def read_encoded(file, key):
     """The dict of `encode_source` in a file, mapped into memory; None if there is no such file for this `key`."""
     try:
-        tables = torch.load(file, weights_only=True, mmap=True)
+        encoded = torch.load(file, weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):  # not there, or damaged
         return None
-    return tables if tables["key"] == key else None
+    return encoded if encoded["key"] == key else None
 
 
 def count_partial(ids, is_answer, tokenizer):
@@ -204,49 +202,53 @@ class VLMDataset(Dataset):
         self.source = source = Source(data_path, images_path, out_dir, quiet=not self.problems.notify)
 
         # per record its token ids, which of them belong to an answer, and the rows of its images; per image its name
-        tables = self.tables(tokenizer, config, max_seq_len)
+        encoded = self.load_or_encode(tokenizer, config, max_seq_len)
         self.ids, self.is_answer, self.image_rows, self.image_names = (
-            RaggedArray(*tables[name]) for name in ("ids", "is_answer", "image_rows", "image_names")
+            RaggedArray(*encoded[name]) for name in ("ids", "is_answer", "image_rows", "image_names")
         )
-        self.record_numbers = tables["record_numbers"]
-        self.num_truncated = tables["num_truncated"]
-        self.num_partial = tables["num_partial"]
-        if tables["needs_images_path"]:  # now, so that workers share the index of an archive
+        self.record_numbers = encoded["record_numbers"]
+        self.num_truncated = encoded["num_truncated"]
+        self.num_partial = encoded["num_partial"]
+        if encoded["needs_images_path"]:  # now, so that workers share the index of an archive
             source.open_images_path()
 
-    def tables(self, tokenizer, config, max_seq_len):
+    def load_or_encode(self, tokenizer, config, max_seq_len):
         """What `encode_source` returns: from the file in which it was kept, if it was for these records and this tokenizer."""
-        source = self.source
-        paths = [str(file.resolve()) for file in source.files]
-        marks = [config.image_special_token, config.image_ids, config.bos_token_id, config.eos_token_id]
-        rules = hashlib.sha256(plain_backend(tokenizer).to_str().encode()).hexdigest()
-        key = json.dumps([FORMAT, paths, [*map(stamp, paths)], rules, marks, max_seq_len])
-        name = f"{source.files[0].stem}-{hashlib.sha256(str(paths).encode()).hexdigest()[:8]}.tokens"
-        file = source.cache_dir and source.cache_dir / name
-
-        tables = file and read_tables(file, key)
-        if tables:
-            self.problems.restore(tables["problems"])
+        file, key = self.kept_file(tokenizer, config, max_seq_len)
+        encoded = file and read_encoded(file, key)
+        is_new = not encoded
+        if is_new:
+            encoded = encode_source(self.source, tokenizer, config, max_seq_len, self.problems)
         else:
-            tables = encode_source(source, tokenizer, config, max_seq_len, self.problems)
-        if tables["num_truncated"] and self.problems.notify:
-            self.problems.notify(f"{tables['num_truncated']} records are truncated at --max_seq_len {max_seq_len}")
+            self.problems.restore(encoded["problems"])
+        if encoded["num_truncated"] and self.problems.notify:
+            self.problems.notify(f"{encoded['num_truncated']} records are truncated at --max_seq_len {max_seq_len}")
 
         # only all the files show whether too much of them is lost
         self.problems.raise_if_too_many()
-        if not len(tables["record_numbers"]):
-            raise BadInput(f"{source}: no record has an answer within --max_seq_len {max_seq_len} tokens")
-        if file and "key" not in tables:
-            tables |= {"key": key, "problems": self.problems.state()}
+        if not len(encoded["record_numbers"]):
+            raise BadInput(f"{self.source}: no record has an answer within --max_seq_len {max_seq_len} tokens")
+
+        if file and is_new:
+            encoded |= {"key": key, "problems": self.problems.state()}
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(file, lambda f: torch.save(tables, f))
+                write_atomically(file, lambda f: torch.save(encoded, f))
             except OSError as error:
                 if self.problems.notify:
                     self.problems.notify(
-                        f"{file} could not be written ({error.strerror}): the next start reads it all again"
+                        f"{file} could not be written ({error.strerror}): the next start reads all again"
                     )
-        return tables
+        return encoded
+
+    def kept_file(self, tokenizer, config, max_seq_len):
+        """(the file in which tokens are kept, or None; a text that changes with whatever decides them)."""
+        paths = [str(file.resolve()) for file in self.source.files]
+        special = [config.image_special_token, config.image_ids, config.bos_token_id, config.eos_token_id]
+        tokenizer_hash = hashlib.sha256(plain_backend(tokenizer).to_str().encode()).hexdigest()
+        key = json.dumps([FORMAT, paths, [*map(stamp, paths)], tokenizer_hash, special, max_seq_len])
+        name = f"{self.source.files[0].stem}-{hashlib.sha256(str(paths).encode()).hexdigest()[:8]}.tokens"
+        return self.source.cache_dir and self.source.cache_dir / name, key
 
     @property
     def lengths(self):
@@ -258,9 +260,9 @@ class VLMDataset(Dataset):
         text_only = int((np.diff(self.image_rows.offsets) == 0).sum())
         answers = int(self.is_answer.values.sum())
         return (
-            f"{self.source} ({self.source.describe()}): {len(self):,} records, {text_only:,} of them text only; "
-            f"{len(self.image_names):,} pictures; {self.lengths.sum():,} tokens, {answers:,} of them in answers, "
-            f"{self.num_partial / answers:.1%} of which are only parts of a character"
+            f"{self.source} ({self.source.describe()}): {self.problems.total:,} records, {len(self):,} usable, "
+            f"{text_only:,} of them text only; {len(self.image_names):,} pictures; {self.lengths.sum():,} tokens, "
+            f"{answers:,} of them in answers, {self.num_partial / answers:.1%} of which are only parts of a character"
         )
 
     def image_name(self, row):

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import io
 import json
+import mmap
 import os
 import shutil
 from pathlib import Path
@@ -19,11 +20,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from model.errors import BadInput
+from model.files import stamp
 
 from .records import PICTURE_KEYS, TALK_KEYS, as_record
 
-ROWS = 1024  # that are unpacked at once
-FORMAT = 1  # of the Arrow file; another one is unpacked again
+ROWS = 64  # unpacked at a time; pictures may have megabytes
+FORMAT = 2  # version of the Arrow file; those of other versions are made again
 
 
 def import_pyarrow():
@@ -41,8 +43,7 @@ def unpack(file, cache_dir, quiet):
 
     BadInput if the Parquet file is damaged or has other columns, or if there is no room for the Arrow file.
     """
-    stat = file.stat()
-    identity = f"{FORMAT} {file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    identity = f"{FORMAT} {file.resolve()} {stamp(file)}"
     target = Path(cache_dir) / f"{file.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.arrow"
     if target.exists():
         return target
@@ -53,23 +54,14 @@ def unpack(file, cache_dir, quiet):
         target.parent.mkdir(parents=True, exist_ok=True)
         with pyarrow.parquet.ParquetFile(file, memory_map=True) as parquet:
             columns = columns_of(file, parquet)
+            size = file.stat().st_size
             free = shutil.disk_usage(target.parent).free
-            if free < stat.st_size:
+            if free < size:
                 raise BadInput(
-                    f"{file} has {stat.st_size / 1e9:.1f} GB of rows to unpack into {target.parent}, where "
-                    f"{free / 1e9:.1f} GB are free: make room, or name another --out_dir"
+                    f"{file} has {size / 1e9:.1f} GB of rows to unpack into {target.parent}, where {free / 1e9:.1f} GB are "
+                    "free: make room, or name another --out_dir"
                 )
-            write_arrow(
-                parquet,
-                columns,
-                partial,
-                tqdm(
-                    total=parquet.metadata.num_rows,
-                    desc=f"unpacking {file.name} once",
-                    unit=" rows",
-                    disable=quiet or None,
-                ),
-            )
+            write_arrow(pyarrow, parquet, columns, partial, quiet)
         os.replace(partial, target)
     except pyarrow.ArrowInvalid as error:
         raise BadInput(f"{file} is damaged, or not a Parquet file ({first_line(error)}): download it again") from None
@@ -84,6 +76,7 @@ def unpack(file, cache_dir, quiet):
 
 
 def first_line(error):
+    """The first line of an error's message."""
     return str(error).strip().splitlines()[0]
 
 
@@ -93,23 +86,27 @@ def columns_of(file, parquet):
     columns = [name for name in (*TALK_KEYS, *PICTURE_KEYS, "kind") if name in names]
     if not any(name in TALK_KEYS for name in columns):
         raise BadInput(
-            f"{file} has the columns {', '.join(names)}, but none of {', '.join(TALK_KEYS)}: see dataset/README.md for the forms"
+            f"{file} has the columns {', '.join(names)}, but none of {', '.join(TALK_KEYS)}: see dataset/README.md for the "
+            "forms"
         )
     return columns
 
 
-def write_arrow(parquet, columns, target, bar):
+def write_arrow(pyarrow, parquet, columns, target, quiet):
     """Writes the rows of an open Parquet file to an Arrow file."""
-    import pyarrow
-
     schema = pyarrow.schema([("record", pyarrow.string()), ("pictures", pyarrow.list_(pyarrow.binary()))])
+    bar = tqdm(
+        total=parquet.metadata.num_rows,
+        desc=f"unpacking into {target.parent}, once",
+        unit=" rows",
+        disable=quiet or None,
+    )
     with pyarrow.OSFile(str(target), "wb") as file, pyarrow.ipc.new_file(file, schema) as writer, bar:
         for batch in parquet.iter_batches(ROWS, columns=columns):
             rows = [unpack_row(row) for row in batch.to_pylist()]
             records, pictures = zip(*rows, strict=True)
-            writer.write(
-                pyarrow.record_batch([pyarrow.array(records), pyarrow.array(pictures, schema.types[1])], schema=schema)
-            )
+            arrays = [pyarrow.array(records, schema.types[0]), pyarrow.array(pictures, schema.types[1])]
+            writer.write(pyarrow.record_batch(arrays, schema=schema))
             bar.update(len(rows))
 
 
@@ -117,14 +114,15 @@ def unpack_row(row):
     """A row -> (its record as JSON text, the bytes of its pictures). A record whose pictures are names has no bytes."""
     record = as_record(row)
     pictures = record.get("image")
-    inside = isinstance(pictures, list) and all(isinstance(picture, bytes) for picture in pictures)
+    inside = "conversations" in record and isinstance(pictures, list) and all(isinstance(p, bytes) for p in pictures)
     if not inside:
         return json.dumps(record, default=as_text), []
 
-    # text-only rows of MiniMind-3v's data carry a small black picture, as their code needs one
+    # text-only rows of today's data carry a small black picture, as the code they are made for needs one
     if "<image>" not in str(record["conversations"]) and all(map(is_filler, pictures)):
         pictures = []
-    return json.dumps({**record, "image": len(pictures)}, default=as_text), pictures
+    del record["image"]
+    return json.dumps(record, default=as_text), pictures
 
 
 def as_text(value):
@@ -147,23 +145,30 @@ class Rows:
 
     def __init__(self, path):
         self.path = path
-        self.columns = None
+        self.table = None
 
     def __getstate__(self):
         """What pickle sends to a DataLoader worker: only the path, as each worker maps the file itself."""
-        return {"path": self.path, "columns": None}
+        return {"path": self.path, "table": None}
 
     def column(self, name):
         """A column of all rows, mapped into memory."""
-        if self.columns is None:
+        if self.table is None:
             pyarrow = import_pyarrow()
-            self.columns = pyarrow.ipc.open_file(pyarrow.memory_map(str(self.path))).read_all()
-        return self.columns[name]
+            with open(self.path, "rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if hasattr(mmap, "MADV_RANDOM"):  # not on Windows
+                mapped.madvise(mmap.MADV_RANDOM)  # a picture doesn't bring its neighbours into memory
+            self.table = pyarrow.ipc.open_file(pyarrow.py_buffer(mapped)).read_all()
+        return self.table[name]
 
     def records(self):
-        """Yields each row's record; for pictures that are inside, its `image` is their number."""
-        for chunk in self.column("record").chunks:
-            yield from map(json.loads, chunk.to_pylist())
+        """Yields (record, number of its pictures that are inside) of each row."""
+        chunks = zip(self.column("record").chunks, self.column("pictures").chunks, strict=True)
+        for records, pictures in chunks:
+            counts = pictures.value_lengths().to_pylist()
+            for record, count in zip(records.to_pylist(), counts, strict=True):
+                yield {"image": [], **json.loads(record)}, count
 
     def open_picture(self, row, number):
         """One picture of a row as a Pillow image."""

@@ -18,12 +18,11 @@ import torch
 from PIL import Image
 
 from model.errors import BadInput
-from model.files import refuse_lfs_pointer
+from model.files import refuse_lfs_pointer, stamp
 from model.images import read_pixels
 
 COCO_PREFIX = "COCO_train2014_"
-TRIES = 100  # names that are looked for in all ways without success, until only known ways are tried
-FOLDERS = 1000  # of an archive or a folder in which names are looked for
+MAX_FOLDERS = 32  # in which names are looked for, as that takes time
 
 
 def open_pictures(path):
@@ -36,36 +35,24 @@ def open_pictures(path):
     raise BadInput(f"{path} is not a folder or archive: see dataset/README.md for the pictures, or use --images_path")
 
 
-def stamp(path):
-    """Size and time of change of a file as text; that of a missing one differs, too."""
-    try:
-        stat = os.stat(path)
-    except OSError:
-        stat = None
-    return str(stat and (stat.st_size, stat.st_mtime_ns))
-
-
 class PictureFolder:
-    """Pictures in a folder."""
+    """Pictures in a folder. folders: those in it."""
 
     def __init__(self, path):
         self.path = path
+        self.folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())[:MAX_FOLDERS]
 
     def has(self, name):
         return os.path.exists(self.path / name)
 
-    def folders(self):
-        """Folders to look into: this one, and those in it."""
-        inner = sorted(entry.name for entry in os.scandir(self.path) if entry.is_dir())
-        return ["", *inner[:FOLDERS]]
-
     def read_pixels(self, name, size):
         """A picture as uint8 pixels (3, size, size). BadRecord if it is missing or unreadable."""
-        return read_pixels(self.path / name, size)
+        return read_pixels(self.path / find_file(self, name), size)
 
     def fingerprint(self, name):
         """A text that changes when the picture does."""
-        return f"{self.path / name} {stamp(self.path / name)}"
+        path = self.path / find_file(self, name)
+        return f"{path} {stamp(path)}"
 
 
 class PictureArchive:
@@ -73,7 +60,8 @@ class PictureArchive:
 
     Half a million names would fill the memory of each worker process; the index has 40 bytes a member, in tensors that
     workers share: `hashes` (M,), sorted, of the names; `places` (M, 4): offset in the file, stored bytes, whether they are
-    deflated, CRC-32. Of a zip, the offset is that of the local header, which precedes the data.
+    deflated, CRC-32. Of a zip, the offset is that of the local header, which precedes the data. folders: those that most
+    members are in, at any depth.
     BadInput if the archive is damaged, encrypted, or compressed in another way.
     """
 
@@ -93,7 +81,7 @@ class PictureArchive:
             raise BadInput(f"{path} has no files in it")
 
         counts = Counter(str(PurePosixPath(name).parent) for name in names)
-        self.inner_folders = [name for name, _ in counts.most_common(FOLDERS)]
+        self.folders = [name for name, _ in counts.most_common(MAX_FOLDERS) if name != "."]
         hashes = np.fromiter(map(name_hash, names), dtype=np.int64, count=len(names))
         order = np.argsort(hashes)
         self.hashes = torch.from_numpy(hashes[order])
@@ -107,10 +95,6 @@ class PictureArchive:
 
     def has(self, name):
         return self.find(name) is not None
-
-    def folders(self):
-        """Folders to look into: the top, and those with the most members."""
-        return ["", *self.inner_folders]
 
     def read(self, name):
         """The bytes of a member. FileNotFoundError if there is none of this name, ValueError if it is damaged."""
@@ -133,6 +117,7 @@ class PictureArchive:
 
     def read_pixels(self, name, size):
         """A picture as uint8 pixels (3, size, size). BadRecord if it is missing or damaged."""
+        name = find_file(self, name)
         return read_pixels(f"{self.path}/{name}", size, lambda _: Image.open(io.BytesIO(self.read(name))))
 
     def fingerprint(self, name):
@@ -175,38 +160,24 @@ def name_hash(name):
 # --- names in records -> names of files -----------------------------------------------------------------------------
 
 
-class Spelling:
-    """Finds the file that a record's name means: its folders may be others, and COCO's prefix may be there or not.
+def find_file(pictures, name):
+    """The name of the file that a record's name means; the name as it is, if none is found.
 
-    `coco/train2017/1.jpg` may lie in the folder as `train2017/1.jpg` or `1.jpg`; `1.jpg` as `images/1.jpg`, or as
-    `COCO_train2014_1.jpg`. What has helped with a name is tried first for the next ones.
+    `coco/train2017/1.jpg` may lie there as `train2017/1.jpg` or `1.jpg`, and `1.jpg` in one of the folders, if no other has
+    a file of that name; each also with COCO's prefix.
     """
-
-    def __init__(self, pictures):
-        self.pictures = pictures
-        self.folders = pictures.folders()
-        self.known = [(0, "", "")]  # ways that have helped: folders to drop from a name, a folder and a prefix to add
-        self.tries_left = TRIES
-
-    def __call__(self, name):
-        """The name of the file; the name as it is, if no way leads to one."""
-        for way in self.known:
-            if self.pictures.has(spell(name, *way)):
-                return spell(name, *way)
-        if self.tries_left:
-            for dropped in range(len(PurePosixPath(name).parts)):
-                for folder in self.folders:
-                    for prefix in ("", COCO_PREFIX):
-                        if self.pictures.has(spell(name, dropped, folder, prefix)):
-                            self.known.append((dropped, folder, prefix))
-                            return spell(name, dropped, folder, prefix)
-            self.tries_left -= 1
-        return name
-
-
-def spell(name, dropped, folder, prefix):
-    """A name without its first `dropped` folders, in a folder, and with a prefix to its last part."""
-    if not (dropped or folder or prefix):
-        return name
     path = PurePosixPath(name)
-    return str(PurePosixPath(folder, *path.parts[dropped:-1], prefix + path.name))
+    shorter = [str(PurePosixPath(*path.parts[dropped:])) for dropped in range(len(path.parts))]
+    for candidate in (name, *shorter):
+        for spelling in (candidate, with_prefix(candidate)):
+            if pictures.has(spelling):
+                return spelling
+    deeper = [f"{folder}/{name}" for folder in pictures.folders]
+    found = [spelling for path in deeper for spelling in (path, with_prefix(path)) if pictures.has(spelling)]
+    return found[0] if len(found) == 1 else name
+
+
+def with_prefix(name):
+    """A name with COCO's prefix before its last part."""
+    path = PurePosixPath(name)
+    return str(path.parent / f"{COCO_PREFIX}{path.name}")

@@ -1,8 +1,9 @@
-"""A record of any form -> the one form that everything after it reads -> checked turns; counts the records that can't be used.
+"""A row of any form -> a record of one form -> checked turns; and counting the records that can't be used.
 
-The one form, which is also that of the JSON files (dataset/README.md has the others):
+The one form (dataset/README.md has the others):
 
-    {"image": "a.jpg, b.jpg", "conversations": [{"role": "user", "content": "<image>\n<image>\n..."}, {"role": "assistant", ...}]}
+    {"image": ["a.jpg", "b.jpg"],
+     "conversations": [{"role": "user", "content": "<image>\n<image>\n..."}, {"role": "assistant", "content": "..."}]}
 """
 
 import json
@@ -14,6 +15,7 @@ from model.errors import BadInput, BadRecord
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 CAPTION_PROMPT = "描述这张图片。"  # the question for a picture that comes with a caption only
 TALK_KEYS = ("conversations", "messages", "texts")  # where a row has its turns
+MAX_EXAMPLES = 20  # messages that are kept of each reason
 PICTURE_KEYS = ("image_bytes", "images", "image")  # where it has its pictures, or their names
 
 
@@ -28,20 +30,24 @@ def chunked(items, size):
 
 
 def as_record(row):
-    """A row of any known form -> a record: `conversations`, a list of turns, and `image`, a list of names (or bytes).
+    """A row of any known form -> a record: `conversations`, a list of turns, and `image`, a list of names or bytes.
 
     Turns: `conversations`, a list or its JSON text; `messages`, whose content may come in parts; `texts` of the Cauldron,
     question and answer in one. The last two need no `<image>`: without any, one per picture goes before the first question.
     Pictures: `image`, `images` or `image_bytes`; names, bytes or {"bytes", "path"}, one or a list of them.
     What fits none of this stays as it is, and `parse_record` refuses it.
     """
-    key = next((key for key in TALK_KEYS if isinstance(row, dict) and row.get(key) is not None), None)
-    if key is None:
+    if not isinstance(row, dict):
         return row
-    record = {name: value for name, value in row.items() if name not in (*TALK_KEYS, *PICTURE_KEYS)}
-    record["image"] = pictures_of(next((row[name] for name in PICTURE_KEYS if row.get(name)), []))
-    record["conversations"] = turns_of(row[key])
-    if key != "conversations":
+    talk_key = next((key for key in TALK_KEYS if row.get(key) is not None), None)
+    if talk_key is None:
+        return row
+    picture_key = next((key for key in PICTURE_KEYS if row.get(key)), None)
+
+    record = {key: value for key, value in row.items() if key not in (*TALK_KEYS, *PICTURE_KEYS)}
+    record["image"] = pictures_of(row[picture_key]) if picture_key else []
+    record["conversations"] = turns_of(row[talk_key])
+    if talk_key != "conversations":
         put_images_first(record)
     return record
 
@@ -58,7 +64,7 @@ def pictures_of(value):
 
 
 def turns_of(talk):
-    """The turns of a row as a list of objects with a role and a text."""
+    """The turns of a row as a list of {"role", "content"}; a turn of no known form stays as it is."""
     if isinstance(talk, str):
         try:
             talk = json.loads(talk)
@@ -71,33 +77,31 @@ def turns_of(talk):
         if isinstance(turn, dict) and "user" in turn and "assistant" in turn:
             turns.append({"role": "user", "content": turn["user"]})
             turns.append({"role": "assistant", "content": turn["assistant"]})
-        elif isinstance(turn, dict) and isinstance(turn.get("content"), list):
-            turns.append({**turn, "content": join_parts(turn["content"])})
+        elif isinstance(turn, dict):
+            content = turn.get("content")
+            if content is None:
+                content = turn.get("value")
+            turns.append({**turn, "role": turn.get("role") or turn.get("from"), "content": join_parts(content)})
         else:
             turns.append(turn)
     return turns
 
 
-def join_parts(parts):
-    """The text of a message in parts: {"type": "text", "text": ...}, and {"type": "image"}, which becomes `<image>`."""
-    if not all(isinstance(part, dict) for part in parts):
-        return parts
-    return "\n".join("<image>" if part.get("type") == "image" else part.get("text") or "" for part in parts)
+def join_parts(content):
+    """The text of a message; its parts are {"type": "text", "text": ...} and {"type": "image"}, which becomes `<image>`."""
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return content
+    return "\n".join("<image>" if part.get("type") == "image" else part.get("text") or "" for part in content)
 
 
 def put_images_first(record):
     """Puts one `<image>` per picture before the first question, unless some turn has one already."""
     pictures = record["image"]
     turns = record["conversations"]
-    well_formed = isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
-    if (
-        not isinstance(pictures, list)
-        or not well_formed
-        or any("<image>" in str(turn.get("content")) for turn in turns)
-    ):
+    if not isinstance(pictures, list) or not isinstance(turns, list) or "<image>" in str(turns):
         return
     for i, turn in enumerate(turns):
-        if turn.get("role") == "user" and isinstance(turn.get("content"), str):
+        if isinstance(turn, dict) and ROLES.get(str(turn.get("role"))) == "user" and isinstance(turn["content"], str):
             turns[i] = {**turn, "content": "<image>\n" * len(pictures) + turn["content"]}
             return
 
@@ -112,7 +116,7 @@ def parse_record(row, where, placeholder):
     """
     if isinstance(row, BadRecord):
         raise row
-    record = as_record(row)
+    record = as_record(row)  # of Parquet, it is one already
     refuse_wrong_shape(record, where)
     names = record["image"]
     turns = [parse_turn(turn, where) for turn in record["conversations"]]
@@ -158,12 +162,9 @@ def refuse_wrong_shape(record, where):
 
 
 def parse_turn(turn, where):
-    """A turn, spelled role/content or from/value, -> (role, text)."""
-    role = None
-    text = None
-    if isinstance(turn, dict):
-        role = turn.get("role") or turn.get("from")
-        text = turn["value"] if turn.get("content") is None and "value" in turn else turn.get("content")
+    """A turn -> (role, text)."""
+    role = turn.get("role") if isinstance(turn, dict) else None
+    text = turn.get("content") if isinstance(turn, dict) else None
     if not isinstance(role, str) or role not in ROLES or not isinstance(text, str):
         expected = f"expected a turn with a role ({', '.join(ROLES)}) and text as its content"
         raise BadRecord("wrong shape", f"{where}: {expected}, not {shortened(turn)}")
@@ -191,32 +192,41 @@ class Problems:
     """Counts the records that can't be used, by reason.
 
     strict: stop at the first one. max_fraction: the largest tolerated fraction of `total`, the records in the data, which
-    is None until all have been read. notify: called with a message about the first record of each reason, or None.
+    is None until all have been read. notify: called with a message about the first `num_shown` records of each reason, or
+    None.
     """
 
-    def __init__(self, strict=True, max_fraction=0.0, notify=None):
+    def __init__(self, strict=True, max_fraction=0.0, notify=None, num_shown=1):
         self.strict = strict
         self.max_fraction = max_fraction
         self.notify = notify
+        self.num_shown = num_shown
         self.total = None
         self.by_reason = {}  # reason -> set of record numbers
-        self.examples = {}  # reason -> message about the first of them
+        self.examples = {}  # reason -> messages about the first of them
 
     def add(self, problem, number):
         """Counts a record, once however often it is met. BadInput if that makes too many."""
         if self.strict:
             raise BadInput(str(problem))
 
-        # one message per reason, since there may be thousands of records
+        # few messages per reason, since there may be thousands of records
         numbers = self.by_reason.setdefault(problem.reason, set())
-        self.examples.setdefault(problem.reason, str(problem))
-        if self.notify and not numbers:
-            self.notify(f"skipping this record, and others like it: {problem}")
-        numbers.add(number)
+        if number not in numbers:
+            numbers.add(number)
+            self.show(problem.reason, str(problem))
 
         # while the file is still being read, bad records may just be unevenly spread
         if self.total:
             self.raise_if_too_many()
+
+    def show(self, reason, message):
+        """Keeps the first messages of a reason, and passes on `num_shown` of them."""
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < MAX_EXAMPLES:
+            examples.append(message)
+        if self.notify and len(self.by_reason[reason]) <= self.num_shown:
+            self.notify(f"skipping this record{', and others like it' if self.num_shown == 1 else ''}: {message}")
 
     def take(self, batch):
         """Removes `problems` from a collated batch and counts them."""
@@ -236,10 +246,11 @@ class Problems:
         return {"by_reason": by_reason, "examples": self.examples, "total": self.total}
 
     def restore(self, state):
-        """Counts again what had been counted when `state` was called, with the same messages."""
-        for reason, numbers in state["by_reason"].items():
-            self.add(BadRecord(reason, state["examples"][reason]), numbers[0])
-            self.by_reason[reason].update(numbers)
+        """Counts again what had been counted when `state` was called, with the same first messages."""
+        for reason, messages in state["examples"].items():
+            for message, number in zip(messages, state["by_reason"][reason], strict=False):
+                self.add(BadRecord(reason, message), number)
+            self.by_reason[reason].update(state["by_reason"][reason])
         self.total = state["total"]
 
     def merge(self, others):

@@ -11,16 +11,17 @@ from pathlib import Path
 from tqdm import tqdm
 
 from model.errors import BadInput, BadRecord
-from model.files import refuse_lfs_pointer
+from model.files import refuse_lfs_pointer, stamp
 from model.images import read_pixels
 
 from .parquet import Rows, unpack
-from .pictures import Spelling, open_pictures, stamp
+from .pictures import open_pictures
 
 CHUNK = 2**22  # characters read from a file at a time
 SPACE = re.compile(r"\s*")
 COMMA = re.compile(r"\s*,\s*")
 END = re.compile(r"\s*\]\s*$")
+INSIDE = re.compile(r"\0(\d+) (\d+) (\d+)")
 SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)$")  # as Hugging Face names the parts of a set
 
 
@@ -43,7 +44,6 @@ class Source:
             if form == "Parquet":
                 self.rows[number] = Rows(unpack(self.files[number], self.cache_dir, quiet))
         self.pictures = None  # those of images_path, once `open_images_path` is called
-        self.spelling = None
 
     def __str__(self):
         return str(self.files[0]) if len(self.files) == 1 else f"{self.files[0].parent} ({len(self.files)} files)"
@@ -57,44 +57,48 @@ class Source:
                     yield where, record
 
     def read_parquet(self, number):
-        """Yields (where, record) of a Parquet file. Pictures inside get names that no file can have, see `inside`."""
-        for row, record in enumerate(self.rows[number].records()):
-            if isinstance(record.get("image"), int):
-                record["image"] = [f"\0{number} {row} {i}" for i in range(record["image"])]
+        """Yields (where, record) of a Parquet file; pictures that are inside get names for `place_inside`."""
+        for row, (record, num_inside) in enumerate(self.rows[number].records()):
+            if num_inside:
+                record["image"] = [f"\0{number} {row} {i}" for i in range(num_inside)]
             yield f"{self.files[number]}, row {row}", record
-
-    def inside(self, name):
-        """(number of the Parquet file, row, number in the row) of a picture that is inside a Parquet file; else None."""
-        return tuple(map(int, name[1:].split())) if name.startswith("\0") else None
 
     def open_images_path(self):
         """Opens images_path, once. BadInput if it is neither a folder nor an archive."""
         if self.pictures is None:
             self.pictures = open_pictures(self.images_path)
-            self.spelling = Spelling(self.pictures)
 
     def read_pixels(self, name, size):
         """A picture as uint8 pixels (3, size, size). BadRecord if it is missing or unreadable."""
-        place = self.inside(name)
+        place = place_inside(name)
         if place is None:
             self.open_images_path()
-            return self.pictures.read_pixels(self.spelling(name), size)
+            return self.pictures.read_pixels(name, size)
         number, row, i = place
         shown = f"{self.files[number]}, row {row}, picture {i}"
         return read_pixels(shown, size, lambda _: self.rows[number].open_picture(row, i))
 
     def fingerprint(self, name):
         """A text that changes when the picture does."""
-        place = self.inside(name)
+        place = place_inside(name)
         if place is None:
             self.open_images_path()
-            return self.pictures.fingerprint(self.spelling(name))
+            return self.pictures.fingerprint(name)
         return f"{self.files[place[0]]} {place} {stamp(self.files[place[0]])}"
 
     def describe(self):
         """The forms of the files, as text."""
         counts = Counter(self.forms)
         return ", ".join(form if count == 1 else f"{count} {form} files" for form, count in counts.items())
+
+
+def place_inside(name):
+    """(number of the Parquet file, row, number in the row) of a picture inside a Parquet file; None of one that is a file.
+
+    Such a name begins with a null character, which no file's name can have.
+    """
+    place = INSIDE.fullmatch(name)
+    return place and tuple(map(int, place.groups()))
 
 
 # --- which files, and of which form ---------------------------------------------------------------------------------
@@ -155,6 +159,8 @@ def form_of(file):
     if text.startswith(b"["):
         return "JSON list"
     if text.startswith(b"{"):
+        if text[1:].lstrip(b" \t\r").startswith(b"\n"):
+            raise BadInput(f"{file} is one JSON object: put the records into a list, or one on each line")
         return "JSON Lines"
     raise BadInput(
         f"{file} should be Parquet, a JSON list of records with 'image' and 'conversations', or one such record per line, "

@@ -22,7 +22,7 @@ import torch
 from packaging.requirements import Requirement
 
 from dataset.records import parse_record
-from dataset.source import Source
+from dataset.source import Source, place_inside
 
 from .arguments import MAX_BAD_FRACTION, add_model_arguments, model_sizes, parse_with_demo
 from .checkpoint import PUBLISHED_TOKENIZER, build_config, load_tokenizer, load_vlm, read_metadata, tokenizer_hash
@@ -237,7 +237,7 @@ class Doctor:
 
     def check_pictures(self, what, folder, names, get):
         try:
-            if any(self.source.inside(name) is None for its_names in names for name in its_names):
+            if any(place_inside(name) is None for its_names in names for name in its_names):
                 self.source.open_images_path()
             elif not names and not folder.exists():
                 raise BadInput(get)

@@ -7,6 +7,15 @@ import os
 from .errors import BadInput
 
 
+def stamp(path):
+    """Size and time of change of a file as text; "None" if it is missing."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        stat = None
+    return str(stat and (stat.st_size, stat.st_mtime_ns))
+
+
 def read_json_object(path):
     """Reads a JSON object; {} if there is no file. BadInput if it is truncated or not an object."""
     if not path.exists():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from .errors import BadInput, BadRecord
 
@@ -69,6 +69,8 @@ def opened(path, opener=Image.open):
         raise
     except Exception as error:  # noqa: BLE001  Pillow's decoders raise all kinds of exceptions on broken files
         why = getattr(error, "strerror", None) or error
+        if isinstance(error, UnidentifiedImageError):
+            why = "not a known picture format"
         reason = "picture missing" if isinstance(error, FileNotFoundError) else "picture unreadable"
         raise BadRecord(reason, f"{path} could not be read as a picture ({why}): replace it or leave it out") from None
 

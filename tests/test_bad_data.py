@@ -263,7 +263,7 @@ def test_training_continues_and_counts(undisturbed):
     place, text = undisturbed
     assert len(losses(place)) == 18  # 46 of 47 records, in batches of 8, 3 epochs
     assert text.count("skipping this record, and others like it: ") == 3  # once each, not once an epoch
-    for says in ("record 10: user and assistant", "nowhere.jpg could not be read", "picture (cannot identify"):
+    for says in ("record 10: user and assistant", "nowhere.jpg could not be read", "picture (not a known picture format"):
         assert says in text
     assert "3 records skipped (1 unpaired turns, 1 picture " in text
     assert log_lines(place)[-1]["left_out"] == COUNTED

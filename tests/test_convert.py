@@ -84,6 +84,12 @@ def test_json_lines_and_lists_and_ready_records(place):
     assert said(records[0]) == ("a.png", f"<image>\n{demo.CAPTION_PROMPTS[0]}", "红")
     assert records[1] == ready and said(records[2])[0] == "b.jpg"
     assert converted("their.json", json.dumps(lines)) == records
+    two = {
+        **ready,
+        "image": ["a.png", "b.jpg"],
+        "conversations": [{"from": "human", "value": "<image><image>"}, ready["conversations"][1]],
+    }
+    assert converted("my.jsonl", json.dumps(two)) == [two]
 
 
 def test_several_pictures_in_one_question(place):
