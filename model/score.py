@@ -11,7 +11,7 @@ from dataset.source import Source
 from .errors import BadInput
 
 
-def score(chat, data_path, images_path, out_dir, seed=0):
+def score(chat, data_path, images_path, out_dir=None, seed=0):
     """Exact match on a labelled file: {kind: (questions, right with its own picture, right with another record's)}.
 
     Asks each record's first question, after its system turn if it has one; an answer is right if it equals the label. `kind`
