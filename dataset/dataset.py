@@ -35,7 +35,7 @@ from model.model import positions_before_labels
 from .records import Problems, chunked, parse_record
 from .source import Source, place_inside
 
-FORMAT = 1  # of the file in which tokens are kept
+FORMAT = 2  # version of the file in which tokens are kept
 BLOCK = 4096  # records that are tokenised at once
 MAX_BAD_IN_A_ROW = 100  # unusable records that are skipped in search of the next good one
 
@@ -147,6 +147,7 @@ def encode_source(source, tokenizer, config, max_seq_len, problems):
             source.open_images_path()  # fail now if it is missing, not after tokenising everything
             needs_images_path = True
 
+    source.compare_names(row_of)
     image_names = RaggedArray(np.uint8)
     for name in row_of:
         image_names.append(np.frombuffer(name.encode(), np.uint8))
@@ -159,6 +160,7 @@ def encode_source(source, tokenizer, config, max_seq_len, problems):
         "num_truncated": num_truncated,
         "num_partial": count_partial(ids, is_answer, tokenizer),
         "needs_images_path": needs_images_path,
+        "may_shorten": source.may_shorten,
     }
 
 
@@ -168,7 +170,7 @@ def read_encoded(file, key):
         encoded = torch.load(file, weights_only=True, mmap=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):  # not there, or damaged
         return None
-    return encoded if encoded["key"] == key else None
+    return encoded if isinstance(encoded, dict) and encoded.get("key") == key else None
 
 
 def count_partial(ids, is_answer, tokenizer):
@@ -209,6 +211,7 @@ class VLMDataset(Dataset):
         self.record_numbers = encoded["record_numbers"]
         self.num_truncated = encoded["num_truncated"]
         self.num_partial = encoded["num_partial"]
+        source.may_shorten = encoded["may_shorten"]
         if encoded["needs_images_path"]:  # now, so that workers share the index of an archive
             source.open_images_path()
 
@@ -227,7 +230,7 @@ class VLMDataset(Dataset):
         # only all the files show whether too much of them is lost
         self.problems.raise_if_too_many()
         if not len(encoded["record_numbers"]):
-            raise BadInput(f"{self.source}: no record has an answer within --max_seq_len {max_seq_len} tokens")
+            raise BadInput(f"{self.source} has no record that can be used: {self.problems}")
 
         if file and is_new:
             encoded |= {"key": key, "problems": self.problems.state()}

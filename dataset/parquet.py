@@ -7,13 +7,16 @@ order. The Arrow file has the same rows uncompressed, is mapped into memory, and
 Formats: https://parquet.apache.org/docs/file-format/, https://arrow.apache.org/docs/format/Columnar.html (IPC file).
 """
 
+import contextlib
 import functools
+import glob
 import hashlib
 import io
 import json
 import mmap
 import os
 import shutil
+import time
 from pathlib import Path
 
 from PIL import Image
@@ -26,6 +29,8 @@ from .records import PICTURE_KEYS, TALK_KEYS, as_record
 
 ROWS = 64  # unpacked at a time; pictures may have megabytes
 FORMAT = 2  # version of the Arrow file; those of other versions are made again
+BATCH_BYTES = 2**23  # of pictures in a batch of the Arrow file; to open it, the head of each batch is read
+ABANDONED = 600  # seconds after which nobody is writing to a temporary file any more
 
 
 def import_pyarrow():
@@ -43,36 +48,61 @@ def unpack(file, cache_dir, quiet):
 
     BadInput if the Parquet file is damaged or has other columns, or if there is no room for the Arrow file.
     """
-    identity = f"{FORMAT} {file.resolve()} {stamp(file)}"
-    target = Path(cache_dir) / f"{file.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.arrow"
-    if target.exists():
+    pyarrow = import_pyarrow()
+    folder = Path(cache_dir)
+    name = f"{file.stem[:40]}-{short_hash(file.resolve())}"
+    target = folder / f"{name}-{short_hash(FORMAT, stamp(file))}.arrow"
+    if is_arrow(pyarrow, target):
         return target
 
-    pyarrow = import_pyarrow()
-    partial = target.with_suffix(".tmp")
+    partial = target.with_suffix(f".{os.getpid()}.tmp")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with pyarrow.parquet.ParquetFile(file, memory_map=True) as parquet:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder, name)
+        with pyarrow.parquet.ParquetFile(file) as parquet:
             columns = columns_of(file, parquet)
             size = file.stat().st_size
-            free = shutil.disk_usage(target.parent).free
+            free = shutil.disk_usage(folder).free
             if free < size:
                 raise BadInput(
-                    f"{file} has {size / 1e9:.1f} GB of rows to unpack into {target.parent}, where {free / 1e9:.1f} GB are "
+                    f"{file} has {size / 1e9:.1f} GB of rows to unpack into {folder}, where {free / 1e9:.1f} GB are "
                     "free: make room, or name another --out_dir"
                 )
             write_arrow(pyarrow, parquet, columns, partial, quiet)
         os.replace(partial, target)
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
         raise BadInput(f"{file} is damaged, or not a Parquet file ({first_line(error)}): download it again") from None
     except OSError as error:
         # pyarrow raises OSError for damaged pages, too, but without an error number
         if error.errno is None:
             raise BadInput(f"{file} is damaged ({first_line(error)}): download it again") from None
-        raise BadInput(f"{file} could not be unpacked into {target.parent} ({error.strerror})") from None
+        raise BadInput(f"{file} could not be unpacked into {folder} ({error.strerror})") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
     return target
+
+
+def short_hash(*values):
+    """Eight characters that differ if one of the values does."""
+    return hashlib.sha256(" ".join(map(str, values)).encode()).hexdigest()[:8]
+
+
+def is_arrow(pyarrow, path):
+    """Whether a file is there and complete; its last bytes are written last."""
+    try:
+        with pyarrow.memory_map(str(path)) as file:
+            pyarrow.ipc.open_file(file)
+        return True
+    except (OSError, pyarrow.ArrowInvalid):
+        return False
+
+
+def remove_leftovers(folder, name):
+    """Removes what older versions of a Parquet file were unpacked into, and what killed processes left behind."""
+    for path in folder.glob(f"{glob.escape(name)}-*"):
+        if path.suffix == ".arrow" or time.time() - path.stat().st_mtime > ABANDONED:
+            path.unlink(missing_ok=True)
 
 
 def first_line(error):
@@ -101,13 +131,26 @@ def write_arrow(pyarrow, parquet, columns, target, quiet):
         unit=" rows",
         disable=quiet or None,
     )
+    rows = []  # unpacked and not written yet
+    size = 0  # of their pictures, in bytes
     with pyarrow.OSFile(str(target), "wb") as file, pyarrow.ipc.new_file(file, schema) as writer, bar:
         for batch in parquet.iter_batches(ROWS, columns=columns):
-            rows = [unpack_row(row) for row in batch.to_pylist()]
-            records, pictures = zip(*rows, strict=True)
-            arrays = [pyarrow.array(records, schema.types[0]), pyarrow.array(pictures, schema.types[1])]
-            writer.write(pyarrow.record_batch(arrays, schema=schema))
-            bar.update(len(rows))
+            unpacked = [unpack_row(row) for row in batch.to_pylist()]
+            rows += unpacked
+            size += sum(len(picture) for _, pictures in unpacked for picture in pictures)
+            bar.update(len(unpacked))
+            if size > BATCH_BYTES:
+                write_batch(pyarrow, writer, schema, rows)
+                rows, size = [], 0
+        if rows:
+            write_batch(pyarrow, writer, schema, rows)
+
+
+def write_batch(pyarrow, writer, schema, rows):
+    """Writes rows, as `unpack_row` returns them, as one batch of an Arrow file."""
+    columns = zip(*rows, strict=True)
+    arrays = [pyarrow.array(column, kind) for column, kind in zip(columns, schema.types, strict=True)]
+    writer.write(pyarrow.record_batch(arrays, schema=schema))
 
 
 def unpack_row(row):
@@ -126,8 +169,8 @@ def unpack_row(row):
 
 
 def as_text(value):
-    """For values that JSON doesn't have, as dates; bytes may be long and are only named."""
-    return "bytes" if isinstance(value, bytes) else str(value)
+    """For values that JSON doesn't have, as dates. Bytes become null: beside names of pictures, they are a wrong shape."""
+    return None if isinstance(value, bytes) else str(value)
 
 
 @functools.lru_cache(64)

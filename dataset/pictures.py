@@ -3,14 +3,15 @@
 Zip format: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT, 4.3.7 (local header).
 """
 
+import contextlib
 import hashlib
 import io
 import os
 import struct
 import tarfile
+import unicodedata
 import zipfile
 import zlib
-from collections import Counter
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -40,19 +41,19 @@ class PictureFolder:
 
     def __init__(self, path):
         self.path = path
-        self.folders = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())[:MAX_FOLDERS]
+        folders = [entry.name for entry in os.scandir(path) if entry.is_dir()]
+        self.folders = sorted(folders) if len(folders) <= MAX_FOLDERS else []
 
     def has(self, name):
         return os.path.exists(self.path / name)
 
     def read_pixels(self, name, size):
         """A picture as uint8 pixels (3, size, size). BadRecord if it is missing or unreadable."""
-        return read_pixels(self.path / find_file(self, name), size)
+        return read_pixels(self.path / name, size)
 
     def fingerprint(self, name):
         """A text that changes when the picture does."""
-        path = self.path / find_file(self, name)
-        return f"{path} {stamp(path)}"
+        return f"{self.path / name} {stamp(self.path / name)}"
 
 
 class PictureArchive:
@@ -69,29 +70,29 @@ class PictureArchive:
         self.path = path
         refuse_lfs_pointer(path)
         try:
-            self.is_zip = zipfile.is_zipfile(path)
+            self.is_zip = not is_tar(path) and zipfile.is_zipfile(path)
             names, places = (read_zip_index if self.is_zip else read_tar_index)(path)
-        except (zipfile.BadZipFile, tarfile.TarError, NotImplementedError, EOFError) as error:
+        except (zipfile.BadZipFile, tarfile.TarError, NotImplementedError, EOFError, UnicodeDecodeError) as error:
             raise BadInput(
-                f"{path} is not a zip or tar archive, or is truncated ({error}): download it again"
+                f"{path} is truncated, or not a zip or tar archive ({error}): download it again, or unpack it"
             ) from None
         except OSError as error:
             raise BadInput(f"{path} could not be read ({error.strerror})") from None
         if not names:
             raise BadInput(f"{path} has no files in it")
 
-        counts = Counter(str(PurePosixPath(name).parent) for name in names)
-        self.folders = [name for name, _ in counts.most_common(MAX_FOLDERS) if name != "."]
+        folders = {str(PurePosixPath(name).parent) for name in names} - {"."}
+        self.folders = sorted(folders) if len(folders) <= MAX_FOLDERS else []
         hashes = np.fromiter(map(name_hash, names), dtype=np.int64, count=len(names))
-        order = np.argsort(hashes)
+        order = np.argsort(hashes, stable=True)
         self.hashes = torch.from_numpy(hashes[order])
         self.places = torch.tensor(places, dtype=torch.int64)[order]
 
     def find(self, name):
         """The index of a member, or None."""
         wanted = name_hash(name)
-        index = int(np.searchsorted(self.hashes.numpy(), wanted))
-        return index if index < len(self.hashes) and self.hashes[index] == wanted else None
+        index = int(np.searchsorted(self.hashes.numpy(), wanted, side="right")) - 1  # of members of one name, the last
+        return index if index >= 0 and self.hashes[index] == wanted else None
 
     def has(self, name):
         return self.find(name) is not None
@@ -117,7 +118,6 @@ class PictureArchive:
 
     def read_pixels(self, name, size):
         """A picture as uint8 pixels (3, size, size). BadRecord if it is missing or damaged."""
-        name = find_file(self, name)
         return read_pixels(f"{self.path}/{name}", size, lambda _: Image.open(io.BytesIO(self.read(name))))
 
     def fingerprint(self, name):
@@ -132,26 +132,47 @@ def read_zip_index(path):
     for info in members:
         if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise BadInput(f"{path}: {info.filename} is encrypted, or not compressed by deflate: unpack the archive")
-    names = [info.filename for info in members]
+    names = [member_name(info) for info in members]
     places = [(info.header_offset, info.compress_size, info.compress_type != 0, info.CRC) for info in members]
     return names, places
 
 
+def member_name(info):
+    """The name of a zip's member; without the flag for UTF-8, one that isn't ASCII may be in the encoding of a Chinese Windows."""
+    if info.flag_bits & 0x800 or info.filename.isascii():
+        return info.filename
+    for encoding in ("utf-8", "gbk"):
+        with contextlib.suppress(UnicodeError):
+            return info.filename.encode("cp437").decode(encoding)
+    return info.filename
+
+
+def is_tar(path):
+    """Whether a file begins as a tar does; the last member of one may be a zip, by whose end zips are recognised."""
+    with open(path, "rb") as file:
+        return file.read(512)[257:262] == b"ustar"
+
+
 def read_tar_index(path):
-    """(names, places) of the members of a tar file."""
+    """(names, places) of the members of a tar file; a hard link has the place of what it links to."""
     with open(path, "rb") as file:
         if file.read(3) in (b"\x1f\x8b\x08", b"BZh", b"\xfd7z"):
             raise BadInput(
                 f"{path} is compressed, so no picture in it can be read alone: decompress it to a .tar first"
             )
     with tarfile.open(path, "r:") as archive:
-        members = [info for info in archive if info.isfile()]
-    names = [info.name.removeprefix("./") for info in members]
-    return names, [(info.offset_data, info.size, 0, 0) for info in members]
+        places = {}
+        for info in archive:
+            if info.isfile():
+                places[info.name] = (info.offset_data, info.size, 0, 0)
+            elif info.islnk() and info.linkname in places:
+                places[info.name] = places[info.linkname]
+    return [name.removeprefix("./") for name in places], list(places.values())
 
 
 def name_hash(name):
-    """64 bits of a name, the same in every process."""
+    """64 bits of a name, the same in every process and for both forms of composed characters and of slashes."""
+    name = unicodedata.normalize("NFC", name.replace("\\", "/"))
     return int.from_bytes(
         hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big", signed=True
     )
@@ -160,15 +181,18 @@ def name_hash(name):
 # --- names in records -> names of files -----------------------------------------------------------------------------
 
 
-def find_file(pictures, name):
+def find_file(pictures, name, may_shorten):
     """The name of the file that a record's name means; the name as it is, if none is found.
 
-    `coco/train2017/1.jpg` may lie there as `train2017/1.jpg` or `1.jpg`, and `1.jpg` in one of the folders, if no other has
-    a file of that name; each also with COCO's prefix.
+    `coco/train2017/1.jpg` may lie there as `train2017/1.jpg` or `1.jpg`, if no other record's picture is called `1.jpg`
+    (`may_shorten`); and `1.jpg` in one of the folders, if no other has a file of that name. Each also with COCO's prefix.
     """
-    path = PurePosixPath(name)
-    shorter = [str(PurePosixPath(*path.parts[dropped:])) for dropped in range(len(path.parts))]
-    for candidate in (name, *shorter):
+    spellings = [name, name.replace("\\", "/")]
+    spellings += [unicodedata.normalize(form, spellings[-1]) for form in ("NFC", "NFD")]
+    path = PurePosixPath(spellings[1])
+    if may_shorten:
+        spellings += [str(PurePosixPath(*path.parts[dropped:])) for dropped in range(len(path.parts))]
+    for candidate in dict.fromkeys(spellings):
         for spelling in (candidate, with_prefix(candidate)):
             if pictures.has(spelling):
                 return spelling

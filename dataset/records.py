@@ -15,6 +15,7 @@ from model.errors import BadInput, BadRecord
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 CAPTION_PROMPT = "描述这张图片。"  # the question for a picture that comes with a caption only
 TALK_KEYS = ("conversations", "messages", "texts")  # where a row has its turns
+IMAGE_PARTS = ("image", "image_url")  # types of a message's parts
 MAX_EXAMPLES = 20  # messages that are kept of each reason
 PICTURE_KEYS = ("image_bytes", "images", "image")  # where it has its pictures, or their names
 
@@ -45,7 +46,7 @@ def as_record(row):
     picture_key = next((key for key in PICTURE_KEYS if row.get(key)), None)
 
     record = {key: value for key, value in row.items() if key not in (*TALK_KEYS, *PICTURE_KEYS)}
-    record["image"] = pictures_of(row[picture_key]) if picture_key else []
+    record["image"] = pictures_of(row[picture_key]) if picture_key else names_in_parts(row[talk_key])
     record["conversations"] = turns_of(row[talk_key])
     if talk_key != "conversations":
         put_images_first(record)
@@ -88,10 +89,29 @@ def turns_of(talk):
 
 
 def join_parts(content):
-    """The text of a message; its parts are {"type": "text", "text": ...} and {"type": "image"}, which becomes `<image>`."""
-    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+    """The text of a message that may come in parts: texts, and pictures, which become `<image>`."""
+    if not isinstance(content, list):
         return content
-    return "\n".join("<image>" if part.get("type") == "image" else part.get("text") or "" for part in content)
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        text = "<image>" if kind in IMAGE_PARTS else part.get("text") if kind == "text" else None
+        if not isinstance(text, str):
+            return content  # a part of an unknown type: the turn will be refused
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def names_in_parts(talk):
+    """The names of pictures that the parts of messages hold themselves: {"type": "image", "image": "a.png"}."""
+    names = []
+    for turn in talk if isinstance(talk, list) else []:
+        content = turn.get("content") if isinstance(turn, dict) else None
+        for part in content if isinstance(content, list) else []:
+            if isinstance(part, dict) and part.get("type") in IMAGE_PARTS:
+                value = part.get(part["type"])
+                names.append(value.get("url") if isinstance(value, dict) else value)
+    return [name for name in names if isinstance(name, str)]
 
 
 def put_images_first(record):

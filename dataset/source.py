@@ -15,14 +15,14 @@ from model.files import refuse_lfs_pointer, stamp
 from model.images import read_pixels
 
 from .parquet import Rows, unpack
-from .pictures import open_pictures
+from .pictures import find_file, open_pictures
 
 CHUNK = 2**22  # characters read from a file at a time
 SPACE = re.compile(r"\s*")
 COMMA = re.compile(r"\s*,\s*")
 END = re.compile(r"\s*\]\s*$")
 INSIDE = re.compile(r"\0(\d+) (\d+) (\d+)")
-SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)$")  # as Hugging Face names the parts of a set
+SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)(-[0-9a-f]+)?$")  # as Hugging Face names the parts of a set
 
 
 class Source:
@@ -44,9 +44,10 @@ class Source:
             if form == "Parquet":
                 self.rows[number] = Rows(unpack(self.files[number], self.cache_dir, quiet))
         self.pictures = None  # those of images_path, once `open_images_path` is called
+        self.may_shorten = False  # see `compare_names`
 
     def __str__(self):
-        return str(self.files[0]) if len(self.files) == 1 else f"{self.files[0].parent} ({len(self.files)} files)"
+        return f"{self.files[0]}" + (f" and {len(self.files) - 1} more" if len(self.files) > 1 else "")
 
     def records(self):
         """Yields (where, record) of all files, one after the other; `where` names file and record in messages."""
@@ -68,12 +69,17 @@ class Source:
         if self.pictures is None:
             self.pictures = open_pictures(self.images_path)
 
+    def compare_names(self, names):
+        """Lets pictures be found without the folders in their names, unless two of these different names would then be the same."""
+        ends = [re.split(r"[/\\]", name)[-1] for name in names if place_inside(name) is None]
+        self.may_shorten = len(set(ends)) == len(ends)
+
     def read_pixels(self, name, size):
         """A picture as uint8 pixels (3, size, size). BadRecord if it is missing or unreadable."""
         place = place_inside(name)
         if place is None:
             self.open_images_path()
-            return self.pictures.read_pixels(name, size)
+            return self.pictures.read_pixels(find_file(self.pictures, name, self.may_shorten), size)
         number, row, i = place
         shown = f"{self.files[number]}, row {row}, picture {i}"
         return read_pixels(shown, size, lambda _: self.rows[number].open_picture(row, i))
@@ -83,7 +89,7 @@ class Source:
         place = place_inside(name)
         if place is None:
             self.open_images_path()
-            return self.pictures.fingerprint(name)
+            return self.pictures.fingerprint(find_file(self.pictures, name, self.may_shorten))
         return f"{self.files[place[0]]} {place} {stamp(self.files[place[0]])}"
 
     def describe(self):
@@ -115,6 +121,9 @@ def find_files(data_path):
                 f"{file} not found: see dataset/README.md for where to get it, use --data_path, or try --demo"
             )
         refuse_lfs_pointer(file)
+    twice = [file for file, count in Counter(file.resolve() for file in files).items() if count > 1]
+    if twice:
+        raise BadInput(f"{twice[0]} is named twice: name each file once")
     return files
 
 
@@ -122,6 +131,8 @@ def files_of_folder(folder):
     """The Parquet files of a folder, or if there are none, its JSON files. BadInput if one of the shards is missing."""
     for suffixes in ((".parquet",), (".jsonl", ".json")):
         files = sorted(path for path in folder.rglob("*") if path.suffix in suffixes and path.is_file())
+        # not what programs hide: copies of Jupyter, macOS's ._ files
+        files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
         if files:
             break
     else:
@@ -132,10 +143,13 @@ def files_of_folder(folder):
     for file in files:
         shard = SHARD.match(file.stem)
         if shard:
-            sets.setdefault((shard[1], int(shard[3])), set()).add(int(shard[2]))
+            name = file.with_name(shard[1]).relative_to(folder)
+            sets.setdefault((name, int(shard[3])), set()).add(int(shard[2]))
     if len(sets) > 1:
-        names = ", ".join(name for name, _ in sets)
-        raise BadInput(f"{folder} has the shards of several sets ({names}): name those of one, as in {folder}/train-*")
+        names = [str(name) for name, _ in sets]
+        raise BadInput(
+            f"{folder} has the shards of several sets ({', '.join(names)}): name those of one, as in {folder}/{names[-1]}-*"
+        )
     for (name, count), numbers in sets.items():
         missing = sorted(set(range(count)) - numbers)
         if missing:
@@ -156,6 +170,8 @@ def form_of(file):
     if begin.startswith(b"PAR1"):
         return "Parquet"
     text = begin.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not text:
+        raise BadInput(f"{file} is empty")
     if text.startswith(b"["):
         return "JSON list"
     if text.startswith(b"{"):
@@ -204,7 +220,7 @@ def parse_list(opened, file):
     number = 0  # of the next record
     position = 1  # in `text`: everything before it has been parsed
     end_of_file = False
-    while not END.match(text, position):
+    while not (end_of_file and END.match(text, position)):
         try:
             # a comma, unless this is the first record, then the record
             separator = (COMMA if number else SPACE).match(text, position)

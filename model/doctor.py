@@ -71,7 +71,9 @@ def sample_of(source):
     """
     records = enumerate(source.records())
     kept = {}
-    last = next(records)
+    last = next(records, None)
+    if last is None:
+        return 0, []
     for following in records:
         number = last[0]
         slot = number if number <= SAMPLE else random.randint(1, number)  # 0 is the first record's
@@ -239,6 +241,7 @@ class Doctor:
         try:
             if any(place_inside(name) is None for its_names in names for name in its_names):
                 self.source.open_images_path()
+                self.source.compare_names({name for its_names in names for name in its_names})
             elif not names and not folder.exists():
                 raise BadInput(get)
         except BadInput as problem:

@@ -71,6 +71,7 @@ def opened(path, opener=Image.open):
         why = getattr(error, "strerror", None) or error
         if isinstance(error, UnidentifiedImageError):
             why = "not a known picture format"
+        path = str(path) if len(str(path)) < 200 else f"{str(path)[:200]}..."  # as of a picture given as text
         reason = "picture missing" if isinstance(error, FileNotFoundError) else "picture unreadable"
         raise BadRecord(reason, f"{path} could not be read as a picture ({why}): replace it or leave it out") from None
 

@@ -1,11 +1,14 @@
 """How good answers are: exact match on labelled files, and the questions that go with the evaluation pictures."""
 
+import hashlib
 import json
 import random
 from collections import defaultdict
 from pathlib import Path
 
-from dataset.records import parse_record
+import torch
+
+from dataset.records import chunked, parse_record
 from dataset.source import Source
 
 from .errors import BadInput
@@ -24,29 +27,35 @@ def score(chat, data_path, images_path, out_dir=None, seed=0):
     for where, record in source.records():
         turns, images = parse_record(record, where, chat.config.image_special_token)
         length = 2 if turns[0][0] == "system" else 1  # turns of the question
-        kinds.append(record.get("kind", "question"))
+        kind = record.get("kind")
+        kinds.append(kind if isinstance(kind, str) else "question")
         questions.append(chat.encode_prompt(turns[:length])[0].tolist())
         labels.append(turns[length][1])
         names.append(tuple(images))
 
     # run CLIP once over each different set of pictures
     sets = list(dict.fromkeys(names))
-    if len({len(one) for one in sets}) > 1 or not sets[0]:
-        raise BadInput(f"{data_path}: to score, all records need pictures, and the same number of them")
-    features = {}  # set of names -> (n, P, V)
+    if not sets or not sets[0] or len({len(one) for one in sets}) > 1:
+        raise BadInput(f"{source}: to score, all records need pictures, and the same number of them")
+    source.compare_names({name for one in sets for name in one})
+    features = {}  # what a set of pictures looks like, as a hash -> (n, P, V)
+    looks = {}  # set of names -> that hash
     for begin in range(0, len(sets), 32):
         part = sets[begin : begin + 32]
         pixels = [source.read_pixels(name, chat.encoder.image_size) for one in part for name in one]
-        features.update(zip(part, chat.encode_images(pixels).split(len(sets[0])), strict=True))
+        for one, its_pixels in zip(part, chunked(pixels, len(sets[0])), strict=True):
+            looks[one] = hashlib.sha256(torch.stack(its_pixels).numpy().tobytes()).hexdigest()
+        features.update(zip(map(looks.get, part), chat.encode_images(pixels).split(len(sets[0])), strict=True))
 
-    # swap pictures in a ring, shuffled, so that no set is given its own
-    shuffled = sets[:]
+    # swap pictures in a ring, shuffled, so that none is given its own
+    own = [looks[one] for one in names]
+    shuffled = list(features)
     random.Random(seed).shuffle(shuffled)
     swapped = dict(zip(shuffled, shuffled[1:] + shuffled[:1], strict=True))
 
     # ask everything twice: about the right pictures, and about the swapped ones
-    own_answers = chat.answer_all(questions, [features[one] for one in names])
-    other_answers = chat.answer_all(questions, [features[swapped[one]] for one in names])
+    own_answers = chat.answer_all(questions, [features[look] for look in own])
+    other_answers = chat.answer_all(questions, [features[swapped[look]] for look in own])
 
     # count right answers per kind
     counts = defaultdict(lambda: [0, 0, 0])  # kind -> questions, right, right with swapped pictures
@@ -57,7 +66,7 @@ def score(chat, data_path, images_path, out_dir=None, seed=0):
             row[2] += other == label
     counts["all"] = counts.pop("all")  # last
 
-    only_one = len(sets) == 1
+    only_one = len(features) == 1
     return {
         kind: (total, right / total, None if only_one else right_swapped / total)
         for kind, (total, right, right_swapped) in counts.items()

@@ -196,7 +196,7 @@ def test_the_fraction_is_of_the_whole_file(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     "content, says",
     [
-        (b"", "should be Parquet, a JSON list of records"),
+        (b"", "is empty"),
         (b"hello", "begins with 'hello'"),
         (b"[]", "is an empty list"),
         (b'[{"a": 1}, {"a": 2}, {"a": oops}]', "record 2, is not valid JSON (Expecting value near 'oops"),
@@ -263,7 +263,11 @@ def test_training_continues_and_counts(undisturbed):
     place, text = undisturbed
     assert len(losses(place)) == 18  # 46 of 47 records, in batches of 8, 3 epochs
     assert text.count("skipping this record, and others like it: ") == 3  # once each, not once an epoch
-    for says in ("record 10: user and assistant", "nowhere.jpg could not be read", "picture (not a known picture format"):
+    for says in (
+        "record 10: user and assistant",
+        "nowhere.jpg could not be read",
+        "picture (not a known picture format",
+    ):
         assert says in text
     assert "3 records skipped (1 unpaired turns, 1 picture " in text
     assert log_lines(place)[-1]["left_out"] == COUNTED

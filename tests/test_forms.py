@@ -18,6 +18,7 @@ from PIL import Image
 
 from dataset import dataset as dataset_module
 from dataset.dataset import VLMDataset
+from dataset.pictures import PictureArchive
 from dataset.source import Source
 from model.conversation import tokenizer_fields
 from model.errors import BadInput, BadRecord
@@ -361,6 +362,33 @@ def test_parts_of_characters_are_counted(tokenizer, tmp_path):
     )
 
 
+def test_parts_of_other_types(tokenizer, tmp_path):
+    """Pictures named within their part; a part of an unknown type, or a text that is none, is counted."""
+    (tmp_path / "a.png").write_bytes(red())
+    good = ({"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "image", "image": "a.png"})
+    bad = ({"type": "video", "video": "a.mp4"}, {"type": "text", "text": 5})
+    rows = [
+        {"messages": [{"role": "user", "content": [part, {"type": "text", "text": "?"}]}, *talk("?", "x")[1:]]}
+        for part in (*good, *bad)
+    ]
+    found = load(save_json(tmp_path / "data.json", rows), tmp_path, tokenizer, None, **SOME)
+    assert [len(item["pixel_values"]) for item in items(found)] == [1, 1]
+    assert found.problems.by_reason == {"wrong shape": {2, 3}}
+
+
+def test_a_name_never_means_a_picture_of_another_record(tokenizer, tmp_path):
+    """`train/1.png` and `val/1.png` with only one of their folders there: neither is looked for as `1.png`."""
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "1.png").write_bytes(red())
+    rows = [{"image": name, "conversations": talk("<image>", "x")} for name in ("train/1.png", "val/1.png")]
+    alone = load(save_json(tmp_path / "alone.json", rows[:1]), tmp_path / "train", tokenizer, None)
+    assert alone.read_pixels(0).shape == (3, 32, 32)
+    both = load(save_json(tmp_path / "both.json", rows), tmp_path / "train", tokenizer, None)
+    for row in range(2):
+        with pytest.raises(BadRecord, match="No such file"):
+            both.read_pixels(row)
+
+
 # --- the second start -------------------------------------------------------------------------------------------------
 
 
@@ -393,6 +421,19 @@ def test_what_was_read_is_kept_until_something_changes(records, world, tokenizer
     (kept,) = (tmp_path / "out" / "data").iterdir()
     kept.write_bytes(kept.read_bytes()[:1000])
     assert same(items(read()[0]), items(first)) and len(times) == 5
+
+
+def test_a_damaged_arrow_file_is_made_again_and_old_ones_go(tokenizer, tmp_path):
+    row = row_file(tmp_path)
+    for change in (None, b"", b"ARROW1", None):
+        found = load(row, None, tokenizer, tmp_path / "out")
+        assert found.read_pixels(0).shape == (3, 32, 32)
+        (arrow,) = (tmp_path / "out" / "data").glob("*.arrow")
+        if change is not None:
+            arrow.write_bytes(change)
+    row = one_row(tmp_path, talk("<image>", "changed"), [red()])
+    load(row, None, tokenizer, tmp_path / "out")
+    assert len([*(tmp_path / "out" / "data").glob("*.arrow")]) == 1
 
 
 # --- files that can't be read -----------------------------------------------------------------------------------------
@@ -438,6 +479,11 @@ BAD_FILES = {  # how a file is made, and what is said of it
         "has the shards of several sets (test, train): name those of one, as in",
     ),
     "an empty folder": (lambda f: f, "has no .parquet, .jsonl or .json file in it"),
+    "nothing usable": (
+        lambda f: save_json(f / "x.json", [{"conversations": talk("?")}]),
+        "x.json has no record that can be used: 1 records skipped (1 unpaired turns)",
+    ),
+    "named twice": (lambda f: [shards(f, 0, 1, 2), f / "train-00000-of-00003.parquet"], "is named twice"),
     "an object": (
         lambda f: save_text(f / "x.json", '{\n "data": []}'),
         "x.json is one JSON object: put the records into",
@@ -451,7 +497,7 @@ def test_a_bad_file_of_records_is_named(name, tokenizer, tmp_path):
     make, says = BAD_FILES[name]
     (tmp_path / "data").mkdir()
     with pytest.raises(BadInput) as error:
-        load(make(tmp_path / "data"), tmp_path, tokenizer, tmp_path / "out")
+        load(make(tmp_path / "data"), tmp_path, tokenizer, tmp_path / "out", **SOME)
     assert says in str(error.value) and "\n" not in str(error.value)
     assert not [*tmp_path.glob("out/data/*")]
 
@@ -491,7 +537,7 @@ def tar_gz(folder):
 BAD_ARCHIVES = {
     "truncated zip": (
         lambda f: truncated(zip_of(f / "i.zip", {"a.png": red() * 9})),
-        "is not a zip or tar archive, or is",
+        "i.zip is truncated, or not a zip or tar archive",
     ),
     "bzip2": (
         lambda f: zip_of(f / "i.zip", {"a.png": red()}, compression=zipfile.ZIP_BZIP2),
@@ -499,7 +545,10 @@ BAD_ARCHIVES = {
     ),
     "empty zip": (lambda f: zip_of(f / "i.zip", {}), "has no files in it"),
     "compressed tar": (tar_gz, "images.tar.gz is compressed"),
-    "a picture": (lambda f: Path(shutil.copy(Path(__file__), f / "a.png")), "is not a zip or tar archive"),
+    "a picture": (
+        lambda f: Path(shutil.copy(Path(__file__), f / "a.png")),
+        "is truncated, or not a zip or tar archive",
+    ),
     "nothing": (lambda f: f / "nowhere", "nowhere is not a folder or archive: see dataset/README.md"),
 }
 
@@ -538,6 +587,29 @@ def test_a_bad_member_and_a_missing_one_are_counted(tokenizer, tmp_path):
     assert "i.zip/stored.png could not be read as a picture (its checksum is wrong)" in says["stored.png"][1]
 
 
+def test_archives_are_read_as_their_own_programs_read_them(tmp_path):
+    """Of members of one name the last, in a tar's hard link what it links to, names of a Chinese Windows."""
+    first, second = red(), red((20, 20))
+    zip_of(tmp_path / "i.zip", {"a.png": first, "@@.png": first})
+    with zipfile.ZipFile(tmp_path / "i.zip", "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("a.png", second)
+    content = (tmp_path / "i.zip").read_bytes().replace(b"@@.png", "花.png".encode("gbk"))
+    (tmp_path / "i.zip").write_bytes(content)
+    with tarfile.open(tmp_path / "i.tar", "w") as archive:
+        for content in (first, second):
+            info = tarfile.TarInfo("a.png")
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        link = tarfile.TarInfo("花.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.png"
+        archive.addfile(link)
+    assert (
+        PictureArchive(tmp_path / "i.zip").read("a.png") == PictureArchive(tmp_path / "i.tar").read("a.png") == second
+    )
+    assert PictureArchive(tmp_path / "i.zip").find("花.png") is not None
+    assert PictureArchive(tmp_path / "i.tar").read("花.png") == second
+
+
 def test_names_are_found_wherever_the_pictures_lie(tmp_path):
     """Flat and nested, with and without COCO's prefix; the same in a folder and in an archive."""
     for file in ("images/a.png", "train2014/COCO_train2014_b.png", "c.png", "images/d.png", "train2014/d.png"):
@@ -548,6 +620,7 @@ def test_names_are_found_wherever_the_pictures_lie(tmp_path):
     not_found = ("nowhere.png", "x/a.png", "d.png", "long" * 99, "\0x.png")  # d.png is in two folders
     for pictures in (tmp_path / "folder", zip_of(tmp_path / "i.zip", members)):
         source = Source(save_json(tmp_path / "data.json", []), pictures)
+        source.compare_names(["d.png"])
         for name in names:
             assert source.read_pixels(name, 32).shape == (3, 32, 32)
         for name in not_found:

@@ -90,6 +90,12 @@ def own_memory(pid):
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
 
 
+def own_anonymous_memory():
+    """MB of this process that are not pages of a file, which Linux takes back when it needs them."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+
 def peak_memory():
     """The most MB this program had; getrusage would count the one that started it, too."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -134,6 +140,7 @@ def measure(form, data_path, images_path, tokenizer_path, workers, start_method)
         "seconds_to_first_batch": round(first, 1),
         "pictures_a_second": round(200 * 16 / reading),
         "main_peak_mb": round(peak_memory()),
+        "main_without_files_mb": round(own_anonymous_memory()),
         "main_mb": round(own_memory("self")),
         "main_mb_before": round(base),
         "worker_mb": round(max(own)) if workers else None,
