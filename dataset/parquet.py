@@ -70,6 +70,7 @@ def unpack(file, cache_dir, quiet):
                 )
             write_arrow(pyarrow, parquet, columns, partial, quiet)
         os.replace(partial, target)
+        pyarrow.default_memory_pool().release_unused()  # hundreds of MB
     except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
         raise BadInput(f"{file} is damaged, or not a Parquet file ({first_line(error)}): download it again") from None
     except OSError as error:
