@@ -29,7 +29,7 @@ from .records import PICTURE_KEYS, TALK_KEYS, as_record
 
 ROWS = 64  # unpacked at a time; pictures may have megabytes
 FORMAT = 2  # version of the Arrow file; those of other versions are made again
-BATCH_BYTES = 2**23  # of pictures in a batch of the Arrow file; to open it, the head of each batch is read
+BATCH_BYTES = 2**23  # in a batch of the Arrow file; to open it, the head of each batch is read
 ABANDONED = 600  # seconds after which nobody is writing to a temporary file any more
 
 
@@ -59,16 +59,13 @@ def unpack(file, cache_dir, quiet):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder, name)
-        with pyarrow.parquet.ParquetFile(file) as parquet:
-            columns = columns_of(file, parquet)
-            size = file.stat().st_size
-            free = shutil.disk_usage(folder).free
-            if free < size:
-                raise BadInput(
-                    f"{file} has {size / 1e9:.1f} GB of rows to unpack into {folder}, where {free / 1e9:.1f} GB are "
-                    "free: make room, or name another --out_dir"
-                )
-            write_arrow(pyarrow, parquet, columns, partial, quiet)
+        free = shutil.disk_usage(folder).free
+        if free < file.stat().st_size:
+            raise BadInput(
+                f"{file} has {file.stat().st_size / 1e9:.1f} GB of rows to unpack into {folder}, where {free / 1e9:.1f} GB "
+                "are free: make room, or name another --out_dir"
+            )
+        write_arrow(pyarrow, file, partial, quiet)
         os.replace(partial, target)
         pyarrow.default_memory_pool().release_unused()  # hundreds of MB
     except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
@@ -103,7 +100,8 @@ def remove_leftovers(folder, name):
     """Removes what older versions of a Parquet file were unpacked into, and what killed processes left behind."""
     for path in folder.glob(f"{glob.escape(name)}-*"):
         if path.suffix == ".arrow" or time.time() - path.stat().st_mtime > ABANDONED:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # gone meanwhile, or in use on Windows
+                path.unlink()
 
 
 def first_line(error):
@@ -123,22 +121,22 @@ def columns_of(file, parquet):
     return columns
 
 
-def write_arrow(pyarrow, parquet, columns, target, quiet):
-    """Writes the rows of an open Parquet file to an Arrow file."""
+def write_arrow(pyarrow, source, target, quiet):
+    """Writes the rows of a Parquet file to an Arrow file."""
     schema = pyarrow.schema([("record", pyarrow.string()), ("pictures", pyarrow.list_(pyarrow.binary()))])
-    bar = tqdm(
-        total=parquet.metadata.num_rows,
-        desc=f"unpacking into {target.parent}, once",
-        unit=" rows",
-        disable=quiet or None,
-    )
     rows = []  # unpacked and not written yet
-    size = 0  # of their pictures, in bytes
-    with pyarrow.OSFile(str(target), "wb") as file, pyarrow.ipc.new_file(file, schema) as writer, bar:
-        for batch in parquet.iter_batches(ROWS, columns=columns):
+    size = 0  # of what they hold, in bytes
+    with (
+        pyarrow.parquet.ParquetFile(source) as parquet,
+        pyarrow.OSFile(str(target), "wb") as file,
+        pyarrow.ipc.new_file(file, schema) as writer,
+        tqdm(desc=f"unpacking into {target.parent}, once", unit=" rows", disable=quiet or None) as bar,
+    ):
+        bar.total = parquet.metadata.num_rows
+        for batch in parquet.iter_batches(ROWS, columns=columns_of(source, parquet)):
             unpacked = [unpack_row(row) for row in batch.to_pylist()]
             rows += unpacked
-            size += sum(len(picture) for _, pictures in unpacked for picture in pictures)
+            size += sum(len(record) + sum(map(len, pictures)) for record, pictures in unpacked)
             bar.update(len(unpacked))
             if size > BATCH_BYTES:
                 write_batch(pyarrow, writer, schema, rows)
