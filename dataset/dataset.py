@@ -248,8 +248,9 @@ class VLMDataset(Dataset):
         """(the file in which tokens are kept, or None; a text that changes with whatever decides them)."""
         paths = [str(file.resolve()) for file in self.source.files]
         special = [config.image_special_token, config.image_ids, config.bos_token_id, config.eos_token_id]
-        tokenizer_hash = hashlib.sha256(plain_backend(tokenizer).to_str().encode()).hexdigest()
-        key = json.dumps([FORMAT, paths, [*map(stamp, paths)], tokenizer_hash, special, max_seq_len])
+        rules = f"{plain_backend(tokenizer).to_str()} {tokenizer.chat_template}"
+        rules = hashlib.sha256(rules.encode()).hexdigest()
+        key = json.dumps([FORMAT, paths, [*map(stamp, paths)], rules, special, max_seq_len])
         name = f"{self.source.files[0].stem}-{hashlib.sha256(str(paths).encode()).hexdigest()[:8]}.tokens"
         return self.source.cache_dir and self.source.cache_dir / name, key
 

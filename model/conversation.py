@@ -4,14 +4,25 @@ Shapes: B batch, T tokens.
 """
 
 import copy
+import re
 import weakref
 from itertools import chain
 
+import jinja2
 import numpy as np
 import torch
 
 from .errors import BadInput
 
+# the form of prompts of the first MiniMind-V, for tokenizers without a chat template
+PUBLISHED_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message.role == "user" %}{{ bos_token + "user\\n" + message.content + eos_token + "\\n" + bos_token + "assistant\\n" }}
+{%- elif message.role == "assistant" %}{{ message.content + eos_token + "\\n" }}
+{%- else %}{{ message.content }}
+{%- endif %}
+{%- endfor %}"""
+FRAMES = weakref.WeakKeyDictionary()  # tokenizer -> {roles: what `frames` found}
 PLAIN_BACKENDS = weakref.WeakKeyDictionary()  # tokenizer -> the copy of its backend that `plain_backend` made
 
 
@@ -30,33 +41,62 @@ def split_at_images(text, placeholder):
     return text.replace(placeholder, "<image>").split("<image>")
 
 
-def conversation_pieces(turns, placeholder, image_ids, bos, eos):
-    """The published prompt form, `<s>user\\n...</s>\\n<s>assistant\\n...</s>\\n`, as a list of (piece, is_answer).
+def frames(tokenizer, roles):
+    """What a tokenizer's chat template writes around the contents of turns with these roles: a list of pieces for each gap.
 
-    turns: (role, text) pairs; a system turn becomes its bare text, without special tokens. placeholder, image_ids: the
-    config's `image_special_token` and `image_ids`; bos, eos: lists of one id. A piece is text to tokenise, or a list of token ids. Special tokens and pictures are inserted as ids and never
+    The first comes before the first content, the last after the last one; if that is a question, it ends where the answer
+    begins. A piece is a list with the id of a special token, or text to tokenise. Templates are Jinja programs; they are run
+    once for each order of roles, with marks in place of contents.
+    BadInput if the template has no place for one of them.
+    """
+    known = FRAMES.setdefault(tokenizer, {})
+    if roles not in known:
+        marks = [f"\ue000{i}\ue001" for i in range(len(roles))]  # of Unicode's private use area
+        try:
+            text = tokenizer.apply_chat_template(
+                [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)],
+                chat_template=tokenizer.chat_template or PUBLISHED_TEMPLATE,
+                add_generation_prompt=roles[-1] == "user",
+                tokenize=False,
+            )
+        except jinja2.TemplateError as error:
+            raise BadInput(f"the tokenizer's chat template refuses turns of {', '.join(roles)} ({error})") from None
+        gaps = re.split("\ue000\\d+\ue001", text)
+        if re.findall("\ue000\\d+\ue001", text) != marks:
+            raise BadInput(f"the tokenizer's chat template leaves out, moves or repeats one of {', '.join(roles)}")
+
+        special = {**tokenizer.get_added_vocab(), tokenizer.eos_token: tokenizer.eos_token_id}
+        pattern = "(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")"
+        known[roles] = [
+            [[special[part]] if part in special else part for part in re.split(pattern, gap) if part] for gap in gaps
+        ]
+    return known[roles]
+
+
+def conversation_pieces(turns, gaps, placeholder, image_ids):
+    """A conversation as a list of (piece, is_answer), in the form that the tokenizer's chat template gives it.
+
+    turns: (role, text) pairs; gaps: their `frames`. placeholder, image_ids: the config's `image_special_token` and
+    `image_ids`. A piece is text to tokenise, or a list of token ids. Special tokens and pictures are inserted as ids and never
     tokenised from text, so neither neighbouring text nor user input can alter or forge them.
     """
-    pieces = []
-    for role, text in turns:
+    pieces = [(piece, False) for piece in gaps[0]]
+    for (role, text), gap in zip(turns, gaps[1:], strict=True):
         is_answer = role == "assistant"
         first, *rest = split_at_images(text, placeholder)
 
-        # what opens the turn; an answer is opened by the question before it, as that is where generation starts
-        if role == "user":
-            pieces.append((bos, False))
-            first = "user\n" + first
+        # text before a question is tokenised together with it, but not text before an answer, where generation starts
+        if not is_answer and pieces and isinstance(pieces[-1][0], str):
+            first = pieces.pop()[0] + first
 
         # the text, with the ids of a picture wherever it was split
         pieces.append((first, is_answer))
         for piece in rest:
             pieces += [(image_ids, False), (piece, is_answer)]
 
-        # what closes the turn; the model learns to write the </s> of an answer
-        if role == "user":
-            pieces += [(eos, False), ("\n", False), (bos, False), ("assistant\n", False)]
-        elif is_answer:
-            pieces += [(eos, True), ("\n", False)]
+        # what comes between this turn and the next; the model learns to write the </s> of an answer
+        for i, piece in enumerate(gap):
+            pieces.append((piece, is_answer and i == 0 and not isinstance(piece, str)))
     return [(piece, is_answer) for piece, is_answer in pieces if piece]
 
 
@@ -91,8 +131,9 @@ def encode_conversations(tokenizer, conversations, config):
         return []
 
     # each conversation as a list of pieces
-    marks = config.image_special_token, config.image_ids, [config.bos_token_id], [config.eos_token_id]
-    conversations = [conversation_pieces(turns, *marks) for turns in conversations]
+    images = config.image_special_token, config.image_ids
+    gaps = [frames(tokenizer, tuple(role for role, _ in turns)) for turns in conversations]
+    conversations = [conversation_pieces(turns, gap, *images) for turns, gap in zip(conversations, gaps, strict=True)]
 
     # tokenise each different text once: "user\n", "assistant\n" and many questions come again and again
     pieces = list(chain(*conversations))

@@ -15,25 +15,26 @@ from dataset import demo
 from dataset.batches import LengthBatches, TokenBatches
 from dataset.dataset import VLMDataset, collate, round_up
 from dataset.records import parse_record
-from model.conversation import encode, encode_conversations, tokenizer_fields
+from model.conversation import PUBLISHED_TEMPLATE, encode, encode_conversations, tokenizer_fields
 from model.errors import BadInput
 from model.LMConfig import LMConfig
 from model.model_vlm import MiniMindVLM
 
 
-def byte_tokenizer(texts, vocab_size=400):
+def byte_tokenizer(texts, vocab_size=400, special=("<unk>", "<s>", "</s>"), chat_template=None):
     """A byte-level BPE with the published special ids, trained on some texts."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer = Tokenizer(models.BPE(unk_token=special[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=["<unk>", "<s>", "</s>"],
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    names = dict(zip(("unk_token", "bos_token", "eos_token"), special, strict=False))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template, **names)
 
 
 def greedy_tokenizer():
@@ -91,6 +92,67 @@ def test_chat_template_gives_the_same_prompt(tokenizer):
     ids, _ = encode_conversations(tokenizer, [turns], config_for(tokenizer))[0]
     messages = [{"role": role, "content": text} for role, text in turns]
     assert tokenizer.apply_chat_template(messages, tokenize=False) == tokenizer.decode(ids)
+
+
+CHATML = """{%- if messages[0].role != "system" %}{{ "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n" }}{% endif %}
+{%- for m in messages %}{{ "<|im_start|>" + m.role + "\n" + m.content + "<|im_end|>\n" }}{% endfor %}
+{%- if add_generation_prompt %}{{ "<|im_start|>assistant\n" }}{% endif %}"""
+THINKING = """{%- for m in messages %}
+{%- if m.role == "assistant" %}{{ "<|im_start|>assistant\n<think>\n\n</think>\n\n" + m.content + "<|im_end|>\n" }}
+{%- else %}{{ "<|im_start|>" + m.role + "\n" + m.content + "<|im_end|>\n" }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ "<|im_start|>assistant\n<think>\n\n</think>\n\n" }}{% endif %}"""
+OLD_DEFAULT = """{%- if messages[0].role != "system" %}{{ "<s>system\n你是 MiniMind</s>\n" }}{% endif %}
+{%- for m in messages %}{%- if m.role == "user" %}{{ "<s>user\n" + m.content + "</s>\n<s>assistant\n" }}
+{%- elif m.role == "assistant" %}{{ m.content + "</s>\n" }}{% else %}{{ "<s>system\n" + m.content + "</s>\n" }}{% endif %}{% endfor %}"""
+IM = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+GENERATIONS = {  # special tokens and the form of prompts
+    "v1": (("<unk>", "<s>", "</s>"), None),
+    "MiniMind2 of 2025-02": (("<unk>", "<s>", "</s>"), OLD_DEFAULT),
+    "MiniMind2 of 2025-04": (IM, CHATML),
+    "MiniMind-3": ((*IM, "<think>", "</think>"), THINKING),
+}
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_prompts_are_what_the_chat_template_renders(generation):
+    """Ids and labels, with and without a system turn and pictures, for one turn and two, answered and not."""
+    special, template = GENERATIONS[generation]
+    tokenizer = byte_tokenizer(["a < b << <<<<< >> system\nuser\nassistant\n ?"] * 50, 400, special, template)
+    config = config_for(tokenizer)
+    for turns in (
+        [("user", "What?")],
+        [("user", "<image>\nWhat?"), ("assistant", "A dog.")],
+        [("system", "Be brief."), ("user", "What? <image>")],
+        [("user", "<image>What?"), ("assistant", "A dog."), ("user", "Where?"), ("assistant", "Here")],
+    ):
+        messages = [{"role": role, "content": text.replace("<image>", "P")} for role, text in turns]
+        template = tokenizer.chat_template or PUBLISHED_TEMPLATE
+        ask = turns[-1][0] == "user"
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=ask
+        )
+        ids, flags = encode_conversations(tokenizer, [turns], config)[0]
+        plain = [(role, text.replace("<image>", "P")) for role, text in turns]
+        assert encode_conversations(tokenizer, [plain], config)[0][0].tolist() == tokenizer.encode(text)
+        images = " ".join(map(str, config.image_ids))
+        assert (
+            tokenizer.decode(
+                [*map(int, " ".join(map(str, ids)).replace(images, str(tokenizer.convert_tokens_to_ids("P"))).split())]
+            )
+            == text
+        )
+        answers = [text + tokenizer.eos_token for role, text in turns if role == "assistant"]
+        assert tokenizer.decode(ids[flags]) == "".join(answers)
+
+
+def test_a_template_that_has_no_place_for_a_turn_is_refused():
+    for template, says in (
+        ("{{ raise_exception('no system turns') }}", "refuses turns of system, user .no system turns"),
+        ("{{ messages[-1].content }}", "leaves out, moves or repeats one of system, user"),
+    ):
+        tokenizer = byte_tokenizer(["a"], chat_template=template)
+        with pytest.raises(BadInput, match=says):
+            encode_conversations(tokenizer, [[("system", "a"), ("user", "b")]], config_for(tokenizer))
 
 
 def test_text_cannot_end_its_own_turn(tokenizer):
