@@ -9,6 +9,8 @@ class LMConfig(PretrainedConfig):
     """Configuration of `MiniMindLM` and `MiniMindVLM`; the defaults are the published 512+8 model (27M parameters).
 
     dim, n_layers, n_heads, n_kv_heads: width D, depth, attention heads H and key/value heads K of the language model.
+    head_dim: width C of a head; None means dim / n_heads.
+    qk_norm: whether queries and keys pass through an RMSNorm each (Qwen3, MiniMind-3).
     vocab_size: number of token ids; `pad_token_id` 0, `bos_token_id` 1 and `eos_token_id` 2 as in the published tokenizer.
     hidden_dim: width of the SwiGLU feed-forward; None means int(2 * 4 * dim / 3) rounded up to `multiple_of`.
     max_seq_len: the longest prompt plus answer, in tokens, images included.
@@ -38,6 +40,8 @@ class LMConfig(PretrainedConfig):
         n_layers=8,
         n_heads=16,
         n_kv_heads=8,
+        head_dim=None,
+        qk_norm=False,
         vocab_size=6400,
         hidden_dim=None,
         multiple_of=64,
@@ -60,7 +64,7 @@ class LMConfig(PretrainedConfig):
         tie_word_embeddings=True,
         **kwargs,
     ):
-        if dim % n_heads or n_heads % n_kv_heads:
+        if (dim % n_heads and not head_dim) or n_heads % n_kv_heads:
             raise BadInput(
                 f"dim {dim}, n_heads {n_heads}, n_kv_heads {n_kv_heads}: dim must be a multiple of n_heads, "
                 "and n_heads of n_kv_heads"
@@ -71,6 +75,8 @@ class LMConfig(PretrainedConfig):
         self.n_layers = n_layers
         self.n_heads = n_heads
         self.n_kv_heads = n_kv_heads
+        self.head_dim = head_dim or dim // n_heads
+        self.qk_norm = qk_norm
         self.vocab_size = vocab_size
         self.multiple_of = multiple_of
         self.hidden_dim = hidden_dim or -(-int(2 * 4 * dim / 3) // multiple_of) * multiple_of
@@ -94,10 +100,6 @@ class LMConfig(PretrainedConfig):
             tie_word_embeddings=tie_word_embeddings,
             **kwargs,
         )
-
-    @property
-    def head_dim(self):
-        return self.dim // self.n_heads
 
     def _placeholder(self, left, right):
         """A list of `image_tokens` items: the first half `left`, the rest `right`."""

@@ -39,11 +39,13 @@ def default_device():
 
 def add_model_arguments(parser):
     """Sizes of the model, paths and device: what training and answering share."""
-    parser.add_argument("--dim", type=int, default=512, help="width of the language model (published: 512 or 768)")
-    parser.add_argument("--n_layers", type=int, default=8, help="layers (published: 8 or 16)")
-    parser.add_argument("--n_heads", type=int, default=16, help="attention heads")
+    parser.add_argument("--dim", type=int, help="width of the language model (default: that of the weights, or 512)")
+    parser.add_argument("--n_layers", type=int, help="layers (default: those of the weights, or 8)")
+    parser.add_argument("--n_heads", type=int, help="attention heads (default: those of the weights, or 16)")
     parser.add_argument(
-        "--n_kv_heads", type=int, default=8, help="key/value heads, each shared by several attention heads"
+        "--n_kv_heads",
+        type=int,
+        help="key/value heads, each shared by several attention heads (default: those of the weights, or 8)",
     )
     parser.add_argument(
         "--max_seq_len", type=int, default=512, help="longest conversation in tokens; a picture takes 50"
@@ -66,10 +68,9 @@ def add_path_arguments(parser):
 
 
 def model_sizes(args):
-    """The LMConfig fields among the flags of `add_model_arguments`."""
-    return {
-        name: getattr(args, name) for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "use_moe")
-    }
+    """The LMConfig fields among the flags of `add_model_arguments` that were given."""
+    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "use_moe")
+    return {name: getattr(args, name) for name in names if getattr(args, name)}
 
 
 def add_training_arguments(parser, stage=STAGES["pretrain"]):

@@ -16,15 +16,22 @@ from transformers import PreTrainedTokenizerFast
 from .conversation import tokenizer_fields
 from .errors import BadInput
 from .files import find_weights, read_json_object, refuse_lfs_pointer, write_atomically, write_json
+from .layouts import fields_of_config, fields_of_generation, from_llama, is_llama, our_name, sizes_of
 from .LMConfig import LMConfig
 from .model_vlm import MiniMindVLM
 from .vision_utils import VISION, VisionEncoder, load_vision
 
 PREFIXES = ("_orig_mod.", "module.")  # left in a file by torch.compile and by data-parallel training
-EXTRAS = ("pos_cis", ".mask")  # buffers of older files
+EXTRAS = ("pos_cis", ".mask", "freqs_cos", "freqs_sin", ".inv_freq")  # buffers of older files
 PROJECTOR = "vision_proj."
 TIED = ("tok_embeddings.weight", "output.weight")  # one tensor; safetensors keeps it under one of its two names
 PUBLISHED_TOKENIZER = "64ac8f6e290e6c15"  # tokenizer_hash of minimind_tokenizer
+# those of all generations; each has 6,400 tokens, MiniMind-3's are others than the earlier ones'
+KNOWN_TOKENIZERS = {
+    PUBLISHED_TOKENIZER: "MiniMind v1",
+    "a9bfcd518cc61cd7": "MiniMind2",
+    "fd2d314bd4d09ecd": "MiniMind-3",
+}
 
 
 # --- tokenizers -----------------------------------------------------------------------------------------------------
@@ -47,7 +54,7 @@ def load_tokenizer(folder):
         raise BadInput(
             f"the tokenizer in {folder} has no tokens < and >, which stand for pictures: name another folder"
         )
-    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None or (tokenizer.bos_token_id is None and not tokenizer.chat_template):
         raise BadInput(f"the tokenizer in {folder} has no <s> or no </s>: copy its tokenizer_config.json there too")
     return tokenizer
 
@@ -87,7 +94,7 @@ def weights_file(path):
 
 
 def read_weights(path):
-    """The language model's and the projector's tensors in a .pth file or a transformers folder, under their published names.
+    """The language model's and the projector's tensors in a .pth file or a transformers folder, in the layout they have.
 
     Prefixes and extra buffers of older files are removed, and so is a CLIP in the same file. Code in the file never runs.
     BadInput says what is wrong with the file.
@@ -106,15 +113,22 @@ def read_weights(path):
     if not isinstance(state, dict) or not all(torch.is_tensor(tensor) for tensor in state.values()):
         raise BadInput(f"{path} is not a file of weights: expected named tensors")
 
-    # only the model's own tensors, under their published names, the tied one under both of its names
+    # only the model's own tensors
     for prefix in PREFIXES:
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     state = {name: state[name] for name in state if not name.endswith(EXTRAS) and not name.startswith(VISION)}
-    for name, twin in (TIED, TIED[::-1]):
-        if twin in state:
-            state.setdefault(name, state[twin].detach())
-    if TIED[0] not in state:
+    if not {our_name(name) for name in state} & {*TIED}:
         raise BadInput(f"{path} is not a MiniMind: it has no {TIED[0]}, but {next(iter(state), 'nothing')}")
+    return state
+
+
+def in_our_layout(state, config):
+    """Named tensors as a model of this configuration has them, the tied one under both of its names."""
+    state = from_llama(state, config.head_dim) if is_llama(state) else dict(state)
+    if config.tie_word_embeddings:
+        for name, twin in (TIED, TIED[::-1]):
+            if twin in state:
+                state.setdefault(name, state[twin].detach())
     return state
 
 
@@ -125,24 +139,10 @@ def read_metadata(path):
     content = read_json_object(path / "config.json" if path.is_dir() else path.with_suffix(".json"))
     if not path.is_dir() or not content:
         return content
+    if "dim" not in content:  # a folder of another layout
+        return {"config": fields_of_config(content, path)}
     known = inspect.signature(LMConfig.__init__).parameters.keys() - {"self", "kwargs"}
     return {**content.get("notes", {}), "config": {name: content[name] for name in content if name in known}}
-
-
-def sizes_of(state):
-    """LMConfig fields inferred from tensor shapes, ordered so that the first mismatch gives the most useful error."""
-    layers = [int(name.split(".")[1]) for name in state if name.startswith("layers.")]
-    gate = state.get("layers.0.feed_forward.gate.weight")
-    projector = state.get(f"{PROJECTOR}vision_proj.0.weight")
-    sizes = {
-        "vocab_size": len(state[TIED[0]]),
-        "dim": state[TIED[0]].shape[1],
-        "n_layers": max(layers, default=-1) + 1,
-        "use_moe": gate is not None,
-        "n_routed_experts": None if gate is None else len(gate),
-        "vision_width": None if projector is None else projector.shape[1],
-    }
-    return {name: value for name, value in sizes.items() if value is not None}
 
 
 def build_config(metadata, tokenizer, encoder, sizes=None, fallback=None):
@@ -159,6 +159,12 @@ def build_config(metadata, tokenizer, encoder, sizes=None, fallback=None):
     return LMConfig(**fields)
 
 
+def config_of(path):
+    """The configuration that weights tell of themselves; of tokenizer and CLIP it knows only what came with them."""
+    state = read_weights(path)
+    return build_config(read_metadata(path), None, None, fallback={**fields_of_generation(state), **sizes_of(state)})
+
+
 def check_fits(path, state, metadata, config, tokenizer=None, encoder=None):
     """BadInput names the first thing in which a file differs from the model that is expected, and the likely cause.
 
@@ -171,8 +177,10 @@ def check_fits(path, state, metadata, config, tokenizer=None, encoder=None):
         "vision_width": other_clip,
         "image_tokens": other_clip,
     }
+    noted = metadata.get("config", {})
     if "vision_width" in found:
-        found["image_tokens"] = metadata.get("config", {}).get("image_tokens", config.image_tokens)
+        found["image_tokens"] = noted.get("image_tokens", config.image_tokens)
+    found |= {name: noted[name] for name in ("n_heads", "n_kv_heads") if name in noted}  # which no shape tells
     for name, value in found.items():
         if value != getattr(config, name):
             hint = hints.get(name, f"use --{name} {value}, or other weights")
@@ -181,23 +189,33 @@ def check_fits(path, state, metadata, config, tokenizer=None, encoder=None):
         raise BadInput(
             f"{path} was trained with another tokenizer of the same size: pass that one with --tokenizer_path"
         )
+    # MiniMind's generations have vocabularies of the same size; only the latest has norms of queries and keys
+    theirs = KNOWN_TOKENIZERS.get(tokenizer and tokenizer_hash(tokenizer))
+    if "tokenizer" not in metadata and theirs and found["qk_norm"] != (theirs == "MiniMind-3"):
+        own = "MiniMind-3's" if found["qk_norm"] else "those of an earlier MiniMind"
+        raise BadInput(
+            f"these weights are {own} ({path}), and the tokenizer is {theirs}'s: pass the one that came with them with "
+            "--tokenizer_path"
+        )
     # a language model alone has not seen any CLIP
     knows_clip = "vision_width" in found and encoder is not None and "encoder" in metadata
     if knows_clip and metadata["encoder"] != encoder_hash(encoder):
         raise BadInput(f"{path} was trained with another CLIP of the same size: pass that one with --vision_path")
 
 
-def load_vlm(path, config: LMConfig, tokenizer, encoder=None, metadata=None, allow_missing_projector=False):
+def load_vlm(path, config: LMConfig, tokenizer, encoder=None, state=None, metadata=None, allow_missing_projector=False):
     """A `MiniMindVLM` in float32 with the weights of a .pth file or a transformers folder, and a line about what was loaded.
 
-    metadata: what `read_metadata` found, if it was called already. The model has a projector bias where the file has one.
+    state, metadata: what `read_weights` and `read_metadata` found, if they were called already. The model has a projector bias where the file has one.
     Everything else must fit exactly; only the projector may be missing, and only where the stage starts from a language
     model. BadInput names the first difference.
     """
     if metadata is None:
         metadata = read_metadata(path)
-    state = read_weights(path)
+    if state is None:
+        state = read_weights(path)
     check_fits(path, state, metadata, config, tokenizer, encoder)
+    state = in_our_layout(state, config)
     has_projector = f"{PROJECTOR}vision_proj.0.weight" in state
     if not has_projector and not allow_missing_projector:
         raise BadInput(f"{path} holds a language model without a vision projector: run 1-pretrain_vlm.py on it first")
@@ -220,13 +238,18 @@ def load_vlm(path, config: LMConfig, tokenizer, encoder=None, metadata=None, all
             shapes = f"{tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
             raise BadInput(f"{path}: {name} is {shapes}: check --n_heads and --n_kv_heads")
     model.load_state_dict(state, strict=False)  # only the projector can be missing by now
-    return model, describe(path, state)
+    return model, describe(path, state, config)
 
 
-def describe(path, state):
+def count_parameters(state, config):
+    """Numbers in named tensors, a tied one counted once."""
+    return sum(t.numel() for name, t in state.items() if name != TIED[1] or not config.tie_word_embeddings)
+
+
+def describe(path, state, config):
     """One line about weights: file, size, number of parameters, and which parts they form."""
     megabytes = weights_file(path).stat().st_size / 1e6
-    parameters = sum(tensor.numel() for name, tensor in state.items() if name != TIED[1])
+    parameters = count_parameters(state, config)
     bias = " with a bias" if f"{PROJECTOR}vision_proj.0.bias" in state else ""
     parts = "language model" + (f" and projector{bias}" if any(PROJECTOR in name for name in state) else "")
     return f"loaded {path}: {megabytes:.1f} MB, {parameters:,} parameters of {parts}"
@@ -234,7 +257,7 @@ def describe(path, state):
 
 def tokenizer_warning(path, metadata, tokenizer):
     """A sentence if nothing says that the weights were trained with this tokenizer, else None."""
-    if "tokenizer" in metadata or tokenizer_hash(tokenizer) == PUBLISHED_TOKENIZER:
+    if "tokenizer" in metadata or tokenizer_hash(tokenizer) in KNOWN_TOKENIZERS:
         return None
     return (
         f"warning: {path} does not say which tokenizer it was trained with, and this one is not the published "
@@ -279,6 +302,9 @@ def load_parts(
     encoder = load_vision(vision_path, device, dtype)
     if metadata is None:
         metadata = read_metadata(weights) if weights else {}
+    state = read_weights(weights) if weights else {}
+    if weights:
+        fallback = {**fields_of_generation(state), **sizes_of(state), **(fallback or {})}
     config = build_config(metadata, tokenizer, encoder, sizes, fallback)
 
     # random tensors, of the projector or of everything, depend on the seed alone
@@ -286,7 +312,7 @@ def load_parts(
         torch.manual_seed(seed)
     if not weights:
         return Parts(MiniMindVLM(config), encoder, tokenizer, metadata, "")
-    model, summary = load_vlm(weights, config, tokenizer, encoder, metadata, allow_missing_projector)
+    model, summary = load_vlm(weights, config, tokenizer, encoder, state, metadata, allow_missing_projector)
     warning = tokenizer_warning(weights, metadata, tokenizer)
     return Parts(model, encoder, tokenizer, metadata, f"{summary}\n{warning}" if warning else summary)
 

@@ -3,6 +3,7 @@
 python -m model.export out/512_vlm_sft.pth minimind-v-v1-small                  # weights, config, tokenizer, processor, code, card
 python -m model.export out/512_vlm_sft.pth minimind-v-v1-small --with_vision    # and the vision half of CLIP
 python -m model.export --reverse minimind-v-v1-small out/512_vlm_sft.pth        # the same tensors, bit for bit
+python -m model.export out/512_vlm_sft.pth a-llama --language_model             # without vision, as a Llama or Qwen3
 python -m model.export out/192_vlm_sft.pth demo-folder --with_vision --demo     # with the demo's tokenizer and CLIP
 """
 
@@ -19,15 +20,18 @@ from .checkpoint import (
     PROJECTOR,
     TIED,
     build_config,
+    config_of,
+    count_parameters,
+    in_our_layout,
     load_parts,
     provenance,
     read_metadata,
     read_weights,
-    sizes_of,
     write_weights,
 )
 from .errors import BadInput, run_script
 from .files import write_atomically, write_json
+from .layouts import sizes_of, to_llama, transformers_config
 from .model_vlm import MiniMindVLM
 from .stages import DEMO_MODEL
 from .vision_utils import VISION
@@ -39,7 +43,14 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "hf.MiniMindVForConditionalGeneration",
     "AutoProcessor": "hf.MiniMindVProcessor",
 }
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+)
 
 CARD = """\
 ---
@@ -83,13 +94,13 @@ print(processor.decode(answer, skip_special_tokens=True))"""
 
 def export(weights, folder, tokenizer_path, vision_path, with_vision):
     """Writes the folder. The CLIP in vision_path is read for its sizes, and copied if `with_vision`."""
-    state = read_weights(weights)
-    parts = load_parts(weights, vision_path, tokenizer_path, fallback=sizes_of(state))  # refuses what doesn't fit
+    parts = load_parts(weights, vision_path, tokenizer_path)  # refuses what doesn't fit
     config, encoder = parts.model.config, parts.encoder
+    state = in_our_layout(read_weights(weights), config)  # in the precision of the file
     metadata = {**parts.metadata, **provenance(config, parts.tokenizer)}
     del metadata["config"]
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder, state, encoder if with_vision else None)
+    write_tensors(folder, state, config, encoder if with_vision else None)
     write_config(folder, config, metadata, encoder if with_vision else None, state[TIED[0]].dtype)
     write_json(
         folder / "processor_config.json",
@@ -104,19 +115,44 @@ def export(weights, folder, tokenizer_path, vision_path, with_vision):
     # the code that transformers runs, and the tokenizer
     for name in CODE:
         shutil.copyfile(Path(__file__).parent / f"{name}.py", folder / f"{name}.py")
-    for name in TOKENIZER_FILES:
-        if (Path(tokenizer_path) / name).exists():
-            shutil.copyfile(Path(tokenizer_path) / name, folder / name)
+    copy_tokenizer(tokenizer_path, folder)
     clip = "included in this folder" if with_vision else "not in this folder: set `model.vision_encoder`"
     (folder / "README.md").write_text(card(folder.name, state, config, metadata, clip), encoding="utf-8")
 
 
-def write_tensors(folder, state, encoder):
-    """`model.safetensors`: each tensor once, the tied one under its first name."""
-    tensors = {name: tensor for name, tensor in state.items() if name != TIED[1]}
+def export_language_model(weights, folder, tokenizer_path):
+    """Writes the language model alone as a folder of transformers' own Llama, Qwen3 or Qwen3-MoE, in the file's precision."""
+    config = config_of(weights)
+    state = in_our_layout(read_weights(weights), config)
+    theirs = transformers_config(config)
+    theirs.dtype = state[TIED[0]].dtype
+    language_model = {name: tensor for name, tensor in state.items() if not name.startswith(PROJECTOR)}
+    if config.tie_word_embeddings:
+        del language_model[TIED[1]]
+    folder.mkdir(parents=True, exist_ok=True)
+    theirs.save_pretrained(folder)
+    write_safetensors(folder, to_llama(language_model, config.head_dim))
+    copy_tokenizer(tokenizer_path, folder)
+
+
+def copy_tokenizer(tokenizer_path, folder):
+    """Copies the files of a tokenizer."""
+    for name in TOKENIZER_FILES:
+        if (Path(tokenizer_path) / name).exists():
+            shutil.copyfile(Path(tokenizer_path) / name, folder / name)
+
+
+def write_tensors(folder, state, config, encoder):
+    """`model.safetensors`: each tensor once, a tied one under its first name."""
+    tensors = {name: tensor for name, tensor in state.items() if name != TIED[1] or not config.tie_word_embeddings}
     if encoder:
         vision = encoder.model.state_dict()
         tensors |= {f"{VISION}{name}": tensor.to(state[TIED[0]].dtype) for name, tensor in vision.items()}
+    write_safetensors(folder, tensors)
+
+
+def write_safetensors(folder, tensors):
+    """`model.safetensors` of a folder."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write_atomically(
         folder / "model.safetensors", lambda f: f.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
@@ -146,7 +182,7 @@ def card(name, state, config, metadata, clip):
     ]
     return CARD.format(
         name=name,
-        parameters=sum(tensor.numel() for key, tensor in state.items() if key != TIED[1]),
+        parameters=count_parameters(state, config),
         image_tokens=config.image_tokens,
         clip=clip,
         example=EXAMPLE.format(name=name),
@@ -162,6 +198,7 @@ def reverse(folder, weights):
     state, metadata = read_weights(folder), read_metadata(folder)
     bias = f"{PROJECTOR}vision_proj.0.bias" in state
     config = build_config(metadata, None, None, sizes={**sizes_of(state), "vision_bias": bias})
+    state = in_our_layout(state, config)
     with torch.device("meta"):
         order = MiniMindVLM(config).state_dict().keys()
     odd = sorted(order ^ state.keys())
@@ -178,6 +215,9 @@ def main():
     parser.add_argument("source", type=Path, help="a .pth file; with --reverse, a folder")
     parser.add_argument("target", type=Path, help="the folder to write; with --reverse, the .pth file")
     parser.add_argument("--with_vision", action="store_true", help="put the vision half of CLIP into the folder")
+    parser.add_argument(
+        "--language_model", action="store_true", help="only the language model, as a Llama or Qwen3 of transformers"
+    )
     parser.add_argument("--reverse", action="store_true", help="from a folder back to a .pth file")
     add_path_arguments(parser)
     args = parse_with_demo(parser, {name: DEMO_MODEL[name] for name in ("tokenizer_path", "vision_path")})
@@ -186,6 +226,8 @@ def main():
     try:
         if args.reverse:
             reverse(args.source, args.target)
+        elif args.language_model:
+            export_language_model(args.source, args.target, args.tokenizer_path)
         else:
             export(args.source, args.target, args.tokenizer_path, args.vision_path, args.with_vision)
     except OSError as error:

@@ -1,7 +1,7 @@
 """The MiniMind language model: RMSNorm, rotary embedding, grouped-query attention with a KV cache, SwiGLU, experts.
 
 Shapes: B batch, T new tokens, S all tokens (cached and new), D model width, H heads, K key/value heads,
-C = D / H width of a head, E routed experts.
+C width of a head, E routed experts.
 
 A "device sync", here and in other files, is the CPU waiting for the GPU: to read a value, or a size that depends on values.
 """
@@ -58,13 +58,17 @@ class Attention(nn.Module):
         self.wk = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias=False)
         self.wv = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias=False)
         self.wo = nn.Linear(config.n_heads * self.head_dim, config.dim, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def project(self, x, freqs):
         """x (B, T, D) -> queries (B, H, T, C), keys and values (B, K, T, C); queries and keys rotated by position."""
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
         # attention's backward in bfloat16 is up to 4x slower on CPUs, so train it in float32
         dtype = torch.float32 if self.training and x.device.type == "cpu" else v.dtype
-        return apply_rotary(q, freqs).to(dtype), apply_rotary(k, freqs).to(dtype), v.to(dtype)
+        q = apply_rotary(self.q_norm(q), freqs)
+        k = apply_rotary(self.k_norm(k), freqs)
+        return q.to(dtype), k.to(dtype), v.to(dtype)
 
     def forward(self, x, freqs, mask, past_key_values):
         """x (B, T, D) -> (B, T, D). mask (B, 1, T, S): True where a query may attend; None for plain causal attention."""
@@ -230,7 +234,8 @@ class Block(nn.Module):
 
 
 class MiniMindLM(PreTrainedModel, GenerationMixin):
-    """The language model. Its state dict has exactly the published keys; `output` and `tok_embeddings` are one tensor."""
+    """The language model. Its state dict has exactly the published keys; `output` and `tok_embeddings` are one tensor,
+    unless `tie_word_embeddings` is off."""
 
     config_class = LMConfig
     _tied_weights_keys = {"output.weight": "tok_embeddings.weight"}

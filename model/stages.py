@@ -80,5 +80,5 @@ def answering_stage(multi):
 
 
 def weights_path(out_dir, config_or_args, name):
-    """The path of the weights `name`, e.g. out/512_moe_vlm_sft.pth; takes anything with `dim` and `use_moe`."""
-    return Path(out_dir) / f"{config_or_args.dim}{'_moe' if config_or_args.use_moe else ''}_{name}.pth"
+    """The path of the weights `name`, e.g. out/512_moe_vlm_sft.pth; takes anything with `dim` (None: 512) and `use_moe`."""
+    return Path(out_dir) / f"{config_or_args.dim or 512}{'_moe' if config_or_args.use_moe else ''}_{name}.pth"

@@ -16,8 +16,9 @@ from model.files import write_atomically
 FORMAT = 3  # raise it with every change of what a state holds
 
 # flags that decide what a step computes; batch size, accumulation and processes may change if their product stays the same
-FIXED_FLAGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "use_moe", "epochs", "learning_rate")
-FIXED_FLAGS += ("grad_clip", "warmup_iters", "seed", "freeze_llm", "val_fraction", "batch_tokens")
+FIXED_SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "use_moe")
+FIXED_FLAGS = ("epochs", "learning_rate", "grad_clip", "warmup_iters", "seed", "freeze_llm", "val_fraction")
+FIXED_FLAGS += ("batch_tokens",)
 
 
 def state_file(weights_file):
@@ -60,6 +61,7 @@ def global_batch_size(args, world_size, state):
 def resume_invariants(run):
     """What must be the same in a run and its continuation, by the names that messages use."""
     return {
+        **{f"--{name}": getattr(run.model.config, name) for name in FIXED_SIZES},
         **{f"--{name}": getattr(run.args, name) for name in FIXED_FLAGS},
         "global batch size": run.sampler.step_size,
         "precision": str(run.dtype),

@@ -28,7 +28,7 @@ from dataset.batches import LengthBatches, SortedBatches, TokenBatches
 from dataset.dataset import VLMDataset, collate
 from dataset.records import chunked
 from model.arguments import model_sizes, pick_dtype
-from model.checkpoint import load_parts, save_weights
+from model.checkpoint import config_of, load_parts, save_weights
 from model.errors import BadInput
 from model.model import can_use_grouped_mm
 from model.stages import STAGES, weights_path
@@ -107,12 +107,12 @@ def compile_model(model, device):
     return torch.compile(model, dynamic=True)
 
 
-def can_use_cuda_graphs(args, dtype, world_size):
+def can_use_cuda_graphs(args, config, dtype, world_size):
     """Whether forward and backward can be captured: on one GPU, without --compile, and with no device sync in them."""
     if not args.device.startswith("cuda") or world_size > 1 or args.compile:
         return False
     # a loop over experts syncs to learn how many tokens each has; grouped matmuls don't
-    return not args.use_moe or can_use_grouped_mm(torch.empty(1, device=args.device, dtype=dtype))
+    return not config.use_moe or can_use_grouped_mm(torch.empty(1, device=args.device, dtype=dtype))
 
 
 def train_val_split(num_samples, fraction, seed):
@@ -165,7 +165,9 @@ def train(args, stage, from_scratch=False):
     weights = args.from_weights or weights_path(args.out_dir, args, starts_from)
     if from_scratch:
         weights = None
-    weights_file = weights_path(args.out_dir, args, STAGES[stage].writes)
+    # what is written is named after the model's size; so is what a run that is resumed has written
+    named_after = config_of(weights) if args.from_weights and Path(weights).exists() else args
+    weights_file = weights_path(args.out_dir, named_after, STAGES[stage].writes)
 
     processes = Processes(args.device)
     args.device = processes.device
@@ -268,7 +270,7 @@ class Run:
         self.log_interval = args.log_interval
         self.eval_interval = args.eval_interval
         self.save_interval = args.save_interval
-        self.use_cuda_graphs = can_use_cuda_graphs(args, self.dtype, processes.world_size)
+        self.use_cuda_graphs = can_use_cuda_graphs(args, model.config, self.dtype, processes.world_size)
 
         # training data
         train_indices, val_indices = train_val_split(len(dataset), 0.0 if val_dataset else args.val_fraction, args.seed)
