@@ -11,9 +11,10 @@ import time
 import urllib.request
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 from helpers import ROOT, heed_interrupts
-from transformers import CLIPVisionConfig
+from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM
 
 from dataset import demo
 from model.checkpoint import load_tokenizer, save_weights
@@ -41,7 +42,15 @@ TINY_WORLD = (
     "python -c 'from dataset import demo; demo.build(demo.FOLDER, pictures=24, pairs=4, animations=4, held_out=12)'"
 )
 # what people put there or programs make
-MADE = ("out/", "dataset/pretrain_", "dataset/sft_", "model/clip_model/clip-", "../minimind-v1", "curves.png")
+MADE = (
+    "MiniMind2",
+    "out/",
+    "dataset/pretrain_",
+    "dataset/sft_",
+    "model/clip_model/clip-",
+    "../minimind-v1",
+    "curves.png",
+)
 
 
 def blocks(text):
@@ -85,9 +94,25 @@ def clone(tmp_path_factory):
     config = LMConfig(**tokenizer_fields(tokenizer))
     save_weights(place / "out" / "512_llm.pth", MiniMindLM(config), tokenizer)
     save_weights(made / "512_vlm_sft.pth", MiniMindVLM(config), tokenizer)
+    save_todays_parts(place, tokenizer)
     run(place, f"{sys.executable} -m model.export {made}/512_vlm_sft.pth minimind-v-v1-small")
     run(place, TINY_WORLD)
     return place
+
+
+def save_todays_parts(place, tokenizer):
+    """MiniMind2-Small's folder, with fewer layers, and Parquet with the pictures inside."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 2}
+    config = LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=len(tokenizer), rms_norm_eps=1e-5)
+    LlamaForCausalLM(config).save_pretrained(place / "MiniMind2-Small")
+    tokenizer.save_pretrained(place / "MiniMind2-Small")
+    records = json.loads((place / "dataset" / "pretrain_vlm_data.json").read_text())
+    columns = {
+        "conversations": [json.dumps(record["conversations"]) for record in records],
+        "image_bytes": [(place / "dataset" / "pretrain_images" / record["image"]).read_bytes() for record in records],
+    }
+    for name in ("pretrain", "sft"):
+        pyarrow.parquet.write_table(pyarrow.table(columns), place / "dataset" / f"{name}_i2t.parquet")
 
 
 def environment(place):
@@ -243,8 +268,19 @@ def test_what_is_named_is_there(name):
                 assert re.search(rf"(def|class) {one.split('.')[-1]}\b", (ROOT / path).read_text(encoding="utf-8")), one
 
 
-REPOSITORIES = ("openai/clip-vit-base-patch32", "jingyaogong/minimind-v_dataset")  # on Hugging Face
-FOREIGN = {"--help", "--index-url", "--threads", "--max-restarts"}  # argparse's, pip's, gunicorn's, torchrun's
+REPOSITORIES = (  # on Hugging Face
+    "openai/clip-vit-base-patch32",
+    "jingyaogong/minimind-v_dataset",
+    "jingyaogong/MiniMind2-Small",
+    "jingyaogong/MiniMind2",
+)
+FOREIGN = {
+    "--help",
+    "--revision",
+    "--index-url",
+    "--threads",
+    "--max-restarts",
+}  # argparse's, hf's, pip's, gunicorn's, torchrun's
 
 
 @pytest.mark.parametrize("name", READMES)
