@@ -208,6 +208,10 @@ def test_from_scratch_needs_no_language_model(place):
     assert code == 0, err
     assert (place.out / "64_vlm_pretrain.pth").exists()
 
+    # nor does it look at one that is named, as the demo's defaults do
+    code, _, err = place.pretrain("--from_scratch", "--from_weights", place.out / "64_llm.pth")
+    assert code == 0, err
+
 
 @pytest.mark.parametrize(
     "script, flags, names",

@@ -166,7 +166,8 @@ def train(args, stage, from_scratch=False):
     if from_scratch:
         weights = None
     # what is written is named after the model's size; so is what a run that is resumed has written
-    named_after = config_of(weights) if args.from_weights and Path(weights).exists() else args
+    is_given = weights is not None and args.from_weights and Path(weights).exists()
+    named_after = config_of(weights) if is_given else args
     weights_file = weights_path(args.out_dir, named_after, STAGES[stage].writes)
 
     processes = Processes(args.device)
