@@ -14,6 +14,7 @@ def test_every_section_comes_to_its_end(tmp_path):
     assert {row["section"] for row in rows} == SECTIONS
     assert all(row["ok"] for row in rows if row["section"] == "correctness")
     assert all(row["samples_per_s"] > 0 for row in rows if row["section"] == "training")
+    assert any("baseline_samples_per_s" in row for row in rows)
     tables = (tmp_path / "tables.md").read_text()
     assert all(f"## {section}" in tables for section in SECTIONS)
     assert "all sections came to their end" in out

@@ -28,7 +28,7 @@ from made_up import device_name, make_files, peak_memory, roofs, synchronize  # 
 from transformers import CLIPConfig, CLIPModel
 
 from model.arguments import add_training_arguments, pick_dtype
-from model.images import normalise, read_pixels
+from model.images import normalise
 from model.training.distributed import Processes, Stop
 from model.training.feature_cache import open_cache
 from model.training.trainer import Run, chunked, prepare
@@ -107,7 +107,7 @@ def ours(args, run):
 def original(args, model, encoder, dataset, batches):
     """Seconds of the same batches in the original's manner."""
     config, device = model.config, args.device
-    clip = CLIPModel(CLIPConfig()).eval().requires_grad_(False).to(device)
+    clip = CLIPModel(CLIPConfig(vision_config=encoder.model.config.to_dict())).eval().requires_grad_(False).to(device)
     seen = {}
     clip.vision_model.encoder.register_forward_hook(lambda *call: seen.update(features=call[2].last_hidden_state))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, foreach=False)
@@ -122,8 +122,7 @@ def original(args, model, encoder, dataset, batches):
             item = dataset[number]
             input_ids[row, : len(item["input_ids"])] = torch.from_numpy(item["input_ids"])
             labels[row, : len(item["labels"])] = torch.from_numpy(item["labels"])
-            path = dataset.image_path(dataset.image_rows[number][0])
-            pictures.append(normalise(read_pixels(path, encoder.image_size)[None]))
+            pictures.append(normalise(dataset.read_pixels(dataset.image_rows[number][0])[None]))
         input_ids, labels = input_ids.to(device), labels.to(device)
         features = []
         with torch.no_grad():
@@ -215,7 +214,6 @@ def main():
         args.data_path, args.images_path, args.out_dir = folder / "data.json", folder / "images", folder / "out"
         processes = Processes(args.device)
         parts, dataset, _ = prepare(args, None, True, None, processes)
-        (folder / "out").mkdir()
         if args.cache_features:
             places = {"folder": folder / "out" / "features", "vision_path": args.vision_path}
             cache = open_cache(dataset, parts.encoder, processes, **places, num_workers=args.num_workers)
