@@ -134,7 +134,7 @@ def add_training_arguments(parser, stage=STAGES["pretrain"]):
         help="processes that read pictures ahead (default: 4 with a GPU, 0 without)",
     )
     add_switch(parser, "--cache_features", help="run CLIP once over all pictures and keep the result in out_dir")
-    add_switch(parser, "--compile", help="compile the model first (needs a C++ compiler, or Triton on a GPU)")
+    add_switch(parser, "--compile", help="compile the layers first (needs a C++ compiler, or Triton on a GPU)")
     add_switch(parser, "--use_wandb", help="log to Weights & Biases")
     parser.add_argument(
         "--wandb_project", default="MiniMind-V", help="project at Weights & Biases (default %(default)s)"

@@ -94,22 +94,24 @@ def prepare(args, weights, allow_missing_projector, resume_state, processes):
     return parts._replace(model=parts.model.to(args.device)), *datasets
 
 
-def compile_model(model, device):
-    """A model that is compiled at its first batch, with dynamic shapes: sizes differ from batch to batch.
+def compile_layers(model, device):
+    """Has each layer compiled at the first batch, with dynamic shapes: sizes differ from batch to batch.
 
-    After eight recompilations PyTorch falls back to eager. BadInput if the compiler is missing.
+    All layers are the same code, so one compilation serves them all; the whole model at once would take several times
+    longer. BadInput if the compiler is missing.
     """
     compiler = os.environ.get("CXX", "g++")
     if device == "cpu" and not shutil.which(compiler):
         raise BadInput(f"--compile needs a C++ compiler, and {compiler} was not found: install one, or leave it out")
     if device.startswith("cuda") and not importlib.util.find_spec("triton"):
         raise BadInput("--compile needs Triton on a GPU, and this PyTorch has none: leave out --compile")
-    return torch.compile(model, dynamic=True)
+    for layer in model.layers:
+        layer.compile(dynamic=True)
 
 
 def can_use_cuda_graphs(args, config, dtype, world_size):
-    """Whether forward and backward can be captured: on one GPU, without --compile, and with no device sync in them."""
-    if not args.device.startswith("cuda") or world_size > 1 or args.compile:
+    """Whether forward and backward can be captured: on one GPU, and with no device sync in them."""
+    if not args.device.startswith("cuda") or world_size > 1:
         return False
     # a loop over experts syncs to learn how many tokens each has; grouped matmuls don't
     return not config.use_moe or can_use_grouped_mm(torch.empty(1, device=args.device, dtype=dtype))
@@ -313,8 +315,10 @@ class Run:
             if processes.is_main:
                 print(f"resuming after step {self.step} of {self.total_steps}", flush=True)
 
-        # what forward and backward go through: compiler, DDP, or CUDA graphs
-        self.wrapped_model = compile_model(model, args.device) if args.compile else model
+        # what forward and backward go through: compiled layers, DDP, CUDA graphs
+        self.wrapped_model = model
+        if args.compile:
+            compile_layers(model, args.device)
         if processes.world_size > 1:
             self.wrapped_model = DistributedDataParallel(self.wrapped_model)
         self.forward_backward = self.eager_forward_backward
