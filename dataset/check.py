@@ -15,16 +15,17 @@ import numpy as np
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model.arguments import TOKENIZER_PATH, parse_with_demo
+from model.arguments import parse_with_demo
 from model.checkpoint import load_tokenizer
 from model.conversation import tokenizer_fields
 from model.errors import BadRecord, run_script
+from model.images import Preprocess
 from model.LMConfig import LMConfig
-from model.stages import DEMO_MODEL
+from model.stages import DEMO_MODEL, TOKENIZER_PATH
 
 from .dataset import Pictures, VLMDataset, collate_pictures
 
-IMAGE_SIZE = 32  # pixels; small, as only whether a picture can be read matters
+SMALL = Preprocess(32)  # only whether a picture can be read matters
 BIN = 32  # tokens per line of the histogram
 
 
@@ -85,7 +86,7 @@ def main():
     # any number of bad records is tolerated: all of them should be reported
     strictness = {"strict": False, "max_fraction": 1.0, "notify": tqdm.write, "num_shown": 10}
     dataset = VLMDataset(
-        args.files, args.images_path, tokenizer, config, args.max_seq_len, IMAGE_SIZE, args.out_dir, **strictness
+        args.files, args.images_path, tokenizer, config, args.max_seq_len, SMALL, args.out_dir, **strictness
     )
     check_pictures(dataset, args.num_workers)
     print(report(dataset))

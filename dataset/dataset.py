@@ -196,8 +196,8 @@ class VLMDataset(Dataset):
     size and resumed runs continue with the same samples; the item reports it in `problems`.
     """
 
-    def __init__(self, data_path, images_path, tokenizer, config, max_seq_len, image_size, out_dir=None, **strictness):
-        self.image_size = image_size
+    def __init__(self, data_path, images_path, tokenizer, config, max_seq_len, preprocess, out_dir=None, **strictness):
+        self.preprocess = preprocess
         self.problems = Problems(**strictness)
         self.features = None
         # only the process that reports shows progress
@@ -274,7 +274,7 @@ class VLMDataset(Dataset):
 
     def read_pixels(self, row):
         """An image as uint8 pixels (3, S, S). BadRecord if it can't be read."""
-        return self.source.read_pixels(self.image_name(row), self.image_size)
+        return self.source.read_pixels(self.image_name(row), self.preprocess)
 
     def fingerprints(self):
         """A text for each image that changes when the image does, in the order of a FeatureCache's rows."""
@@ -378,7 +378,7 @@ class Pictures(Dataset):
 
     def __getitem__(self, row):
         """(pixels, None), or for an image that can't be read a black one and (reason, message)."""
-        size = self.dataset.image_size
+        size = self.dataset.preprocess.size
         try:
             return self.dataset.read_pixels(row), None
         except BadRecord as problem:

@@ -47,9 +47,9 @@ class PictureFolder:
     def has(self, name):
         return os.path.exists(self.path / name)
 
-    def read_pixels(self, name, size):
+    def read_pixels(self, name, preprocess):
         """A picture as uint8 pixels (3, size, size). BadRecord if it is missing or unreadable."""
-        return read_pixels(self.path / name, size)
+        return read_pixels(self.path / name, preprocess)
 
     def fingerprint(self, name):
         """A text that changes when the picture does."""
@@ -116,9 +116,9 @@ class PictureArchive:
             raise ValueError("its checksum is wrong")
         return content
 
-    def read_pixels(self, name, size):
+    def read_pixels(self, name, preprocess):
         """A picture as uint8 pixels (3, size, size). BadRecord if it is missing or damaged."""
-        return read_pixels(f"{self.path}/{name}", size, lambda _: Image.open(io.BytesIO(self.read(name))))
+        return read_pixels(f"{self.path}/{name}", preprocess, lambda _: Image.open(io.BytesIO(self.read(name))))
 
     def fingerprint(self, name):
         """A text that changes when the archive does."""

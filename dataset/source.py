@@ -74,15 +74,15 @@ class Source:
         ends = [re.split(r"[/\\]", name)[-1] for name in names if place_inside(name) is None]
         self.may_shorten = len(set(ends)) == len(ends)
 
-    def read_pixels(self, name, size):
-        """A picture as uint8 pixels (3, size, size). BadRecord if it is missing or unreadable."""
+    def read_pixels(self, name, preprocess):
+        """A picture as uint8 pixels (3, S, S). BadRecord if it is missing or unreadable."""
         place = place_inside(name)
         if place is None:
             self.open_images_path()
-            return self.pictures.read_pixels(find_file(self.pictures, name, self.may_shorten), size)
+            return self.pictures.read_pixels(find_file(self.pictures, name, self.may_shorten), preprocess)
         number, row, i = place
         shown = f"{self.files[number]}, row {row}, picture {i}"
-        return read_pixels(shown, size, lambda _: self.rows[number].open_picture(row, i))
+        return read_pixels(shown, preprocess, lambda _: self.rows[number].open_picture(row, i))
 
     def fingerprint(self, name):
         """A text that changes when the picture does."""

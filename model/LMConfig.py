@@ -17,9 +17,11 @@ class LMConfig(PretrainedConfig):
     rope_theta: base of the rotary embedding's frequencies.
     dropout: applied to embeddings, attention and feed-forward outputs while training.
     vision_width, image_tokens: width V and number P of the vectors one picture becomes (768 and 50 for CLIP ViT-B/32).
-    vision_bias: whether the projector has a bias (the published weights have one; weights trained here don't).
+    drop_class_token: whether the first vector of a CLIP is left out, as in MiniMind2-V.
+    projector: "linear", or "mlp" (LayerNorm, Linear, GELU, Linear) as in minimind-3v.
+    vision_bias: whether the linear projector has a bias (the published weights have one; weights trained here don't).
     image_special_token, image_ids: the placeholder of one image as text and as token ids, both `image_tokens` long.
-        `image_ids` is built from `image_char_ids`, the tokenizer's ids of `<` and `>`.
+        Its first half repeats the first of `image_chars`, its second half the other; `image_char_ids` are their ids.
     use_moe: replaces each feed-forward by `n_routed_experts` experts; a gate sends each token to `num_experts_per_tok` of
         them. `n_shared_experts` is a switch, 1 or 0 (a bool in the published code): one more expert that every token uses.
         `aux_loss_alpha` weighs the loss that spreads tokens over the experts.
@@ -51,7 +53,10 @@ class LMConfig(PretrainedConfig):
         dropout=0.0,
         vision_width=768,
         image_tokens=50,
+        drop_class_token=False,
+        projector="linear",
         vision_bias=False,
+        image_chars=("<", ">"),
         image_char_ids=(30, 32),
         use_moe=False,
         n_routed_experts=4,
@@ -86,7 +91,10 @@ class LMConfig(PretrainedConfig):
         self.dropout = dropout
         self.vision_width = vision_width
         self.image_tokens = image_tokens
+        self.drop_class_token = drop_class_token
+        self.projector = projector
         self.vision_bias = vision_bias
+        self.image_chars = list(image_chars)
         self.image_char_ids = list(image_char_ids)
         self.use_moe = use_moe
         self.n_routed_experts = n_routed_experts
@@ -108,7 +116,7 @@ class LMConfig(PretrainedConfig):
 
     @property
     def image_special_token(self):
-        return "".join(self._placeholder("<", ">"))
+        return "".join(self._placeholder(*self.image_chars))
 
     @property
     def image_ids(self):

@@ -9,11 +9,9 @@ import torch
 from .chat import Chat
 from .errors import BadInput
 from .generate import SETTINGS
-from .stages import STAGES, answering_stage, weights_path
+from .stages import STAGES, TOKENIZER_PATH, VISION_PATH, answering_stage, weights_path
 
 MAX_BAD_FRACTION = 0.05  # of the records; training skips them
-VISION_PATH = "model/clip_model/clip-vit-base-patch32"
-TOKENIZER_PATH = "model/minimind_tokenizer"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -68,9 +66,9 @@ def add_path_arguments(parser):
 
 
 def model_sizes(args):
-    """The LMConfig fields among the flags of `add_model_arguments` that were given."""
-    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "use_moe")
-    return {name: getattr(args, name) for name in names if getattr(args, name)}
+    """The LMConfig fields among the flags that were given."""
+    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "use_moe", "projector", "drop_class_token")
+    return {name: getattr(args, name) for name in names if getattr(args, name, None)}
 
 
 def add_training_arguments(parser, stage=STAGES["pretrain"]):
@@ -89,6 +87,16 @@ def add_training_arguments(parser, stage=STAGES["pretrain"]):
     )
     parser.add_argument(
         "--from_weights", help="start from this file, or transformers folder, instead of the previous stage's"
+    )
+    parser.add_argument(
+        "--projector",
+        choices=["linear", "mlp"],
+        help="form of the map from pictures to the language model (default: that of the weights, or linear)",
+    )
+    add_switch(
+        parser,
+        "--drop_class_token",
+        help="leave out the first of CLIP's vectors (default: as the weights were trained)",
     )
     add_switch(parser, "--freeze_llm", help="train only the projector")
     parser.add_argument(

@@ -89,12 +89,12 @@ class Chat:
 
     def load_frames(self, files):
         """Files of pictures and videos as one list of pixels: each picture, and up to `max_frames` frames of each video."""
-        return [pixels for file in files for pixels in read_frames(file, self.encoder.image_size, self.max_frames)]
+        return [pixels for file in files for pixels in read_frames(file, self.encoder.preprocess, self.max_frames)]
 
     def stack_pixels(self, images):
         """Picture files, or pixels from `to_pixels`, as one uint8 tensor (N, 3, S, S)."""
-        size = self.encoder.image_size
-        return torch.stack([image if torch.is_tensor(image) else read_pixels(image, size) for image in images])
+        preprocess = self.encoder.preprocess
+        return torch.stack([image if torch.is_tensor(image) else read_pixels(image, preprocess) for image in images])
 
     def encode_images(self, images):
         """Picture files or pixels -> features (N, P, V), in one forward; None for no pictures."""
@@ -149,7 +149,8 @@ class Chat:
 
     def warm_up(self):
         """One short answer about a blank picture, so that the first client doesn't wait longer than the second."""
-        blank = torch.zeros(3, self.encoder.image_size, self.encoder.image_size, dtype=torch.uint8)
+        size = self.encoder.preprocess.size
+        blank = torch.zeros(3, size, size, dtype=torch.uint8)
         list(self.stream("?", [blank], max_new_tokens=2))
 
     @contextlib.contextmanager

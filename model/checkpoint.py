@@ -16,7 +16,16 @@ from transformers import PreTrainedTokenizerFast
 from .conversation import tokenizer_fields
 from .errors import BadInput
 from .files import find_weights, read_json_object, refuse_lfs_pointer, write_atomically, write_json
-from .layouts import fields_of_config, fields_of_generation, from_llama, is_llama, our_name, sizes_of
+from .layouts import (
+    fields_of_config,
+    fields_of_generation,
+    from_llama,
+    is_llama,
+    our_name,
+    placeholder_fields,
+    placeholder_of_generation,
+    sizes_of,
+)
 from .LMConfig import LMConfig
 from .model_vlm import MiniMindVLM
 from .vision_utils import VISION, VisionEncoder, load_vision
@@ -38,7 +47,7 @@ KNOWN_TOKENIZERS = {
 
 
 def load_tokenizer(folder):
-    """The tokenizer in a folder. BadInput if it is missing or damaged, or lacks one of `<s>`, `</s>`, `<` and `>`."""
+    """The tokenizer in a folder. BadInput if it is missing or damaged, or lacks one of `<s>` and `</s>`."""
     folder = Path(folder)
     if not (folder / "tokenizer.json").exists():
         raise BadInput(
@@ -50,10 +59,6 @@ def load_tokenizer(folder):
     except Exception as error:  # noqa: BLE001  the tokenizers library's own are bare Exceptions
         why = str(error).partition("\n")[0]
         raise BadInput(f"the tokenizer in {folder} could not be loaded ({why}): copy or download it again") from None
-    if not {"<", ">"} <= tokenizer.get_vocab().keys():
-        raise BadInput(
-            f"the tokenizer in {folder} has no tokens < and >, which stand for pictures: name another folder"
-        )
     if tokenizer.eos_token_id is None or (tokenizer.bos_token_id is None and not tokenizer.chat_template):
         raise BadInput(f"the tokenizer in {folder} has no <s> or no </s>: copy its tokenizer_config.json there too")
     return tokenizer
@@ -71,8 +76,11 @@ def encoder_hash(encoder):
     Signs are the same in every precision, and differ for a CLIP that was trained otherwise.
     """
     embeddings = getattr(encoder.model, "vision_model", encoder.model).embeddings
-    signs = torch.cat([embeddings.class_embedding[None], embeddings.position_embedding.weight]).signbit()
-    sizes = f"{encoder.image_size} {encoder.image_tokens} {encoder.vision_width} "
+    numbers = [embeddings.position_embedding.weight]
+    if hasattr(embeddings, "class_embedding"):  # a SigLIP has none
+        numbers.insert(0, embeddings.class_embedding[None])
+    signs = torch.cat(numbers).signbit()
+    sizes = f"{encoder.preprocess.size} {encoder.image_tokens} {encoder.vision_width} "
     return hashlib.sha256(sizes.encode() + signs.cpu().numpy().tobytes()).hexdigest()[:16]
 
 
@@ -139,10 +147,17 @@ def read_metadata(path):
     content = read_json_object(path / "config.json" if path.is_dir() else path.with_suffix(".json"))
     if not path.is_dir() or not content:
         return content
-    if "dim" not in content:  # a folder of another layout
-        return {"config": fields_of_config(content, path)}
-    known = inspect.signature(LMConfig.__init__).parameters.keys() - {"self", "kwargs"}
-    return {**content.get("notes", {}), "config": {name: content[name] for name in content if name in known}}
+    if "dim" in content:
+        known = inspect.signature(LMConfig.__init__).parameters.keys() - {"self", "kwargs"}
+        config = {name: content[name] for name in content if name in known}
+    else:  # a folder of another layout
+        config = fields_of_config(content, path)
+
+    # a published MiniMind-V; the length it names is that of its positions, not of what it was trained with
+    if placeholder := placeholder_fields(content):
+        config = {**config, **placeholder}
+        config.pop("max_seq_len", None)
+    return {**content.get("notes", {}), "config": config}
 
 
 def build_config(metadata, tokenizer, encoder, sizes=None, fallback=None):
@@ -153,16 +168,29 @@ def build_config(metadata, tokenizer, encoder, sizes=None, fallback=None):
     """
     fields = {**(fallback or {}), **metadata.get("config", {}), **(sizes or {})}
     if tokenizer is not None:
-        fields |= tokenizer_fields(tokenizer)
+        fields |= tokenizer_fields(tokenizer, LMConfig(**fields).image_chars)
     if encoder is not None:
         fields |= {"vision_width": encoder.vision_width, "image_tokens": encoder.image_tokens}
     return LMConfig(**fields)
 
 
+def read_model(path, metadata=None):
+    """(named tensors, metadata, LMConfig fields that the tensors tell) of a .pth file or a transformers folder.
+
+    metadata: in place of what comes with it. For a file made elsewhere, its config names the placeholder of its generation.
+    """
+    if metadata is None:
+        metadata = read_metadata(path)
+    state = read_weights(path)
+    if "config" not in metadata:
+        metadata = {**metadata, "config": placeholder_of_generation(state)}
+    return state, metadata, {**fields_of_generation(state), **sizes_of(state)}
+
+
 def config_of(path):
     """The configuration that weights tell of themselves; of tokenizer and CLIP it knows only what came with them."""
-    state = read_weights(path)
-    return build_config(read_metadata(path), None, None, fallback={**fields_of_generation(state), **sizes_of(state)})
+    _, metadata, told = read_model(path)
+    return build_config(metadata, None, None, fallback=told)
 
 
 def check_fits(path, state, metadata, config, tokenizer=None, encoder=None):
@@ -216,7 +244,7 @@ def load_vlm(path, config: LMConfig, tokenizer, encoder=None, state=None, metada
         state = read_weights(path)
     check_fits(path, state, metadata, config, tokenizer, encoder)
     state = in_our_layout(state, config)
-    has_projector = f"{PROJECTOR}vision_proj.0.weight" in state
+    has_projector = any(name.startswith(PROJECTOR) for name in state)
     if not has_projector and not allow_missing_projector:
         raise BadInput(f"{path} holds a language model without a vision projector: run 1-pretrain_vlm.py on it first")
     config = copy.deepcopy(config)  # the caller's stays as it is
@@ -299,12 +327,12 @@ def load_parts(
     metadata: in place of what comes with the weights; a resumed run has its own.
     """
     tokenizer = load_tokenizer(tokenizer_path)
-    encoder = load_vision(vision_path, device, dtype)
-    if metadata is None:
-        metadata = read_metadata(weights) if weights else {}
-    state = read_weights(weights) if weights else {}
     if weights:
-        fallback = {**fields_of_generation(state), **sizes_of(state), **(fallback or {})}
+        state, metadata, told = read_model(weights, metadata)
+        fallback = {**told, **(fallback or {})}
+    metadata = metadata or {}
+    noted = {**metadata.get("config", {}), **(sizes or {})}
+    encoder = load_vision(vision_path, device, dtype, noted.get("drop_class_token", False))
     config = build_config(metadata, tokenizer, encoder, sizes, fallback)
 
     # random tensors, of the projector or of everything, depend on the seed alone

@@ -26,13 +26,23 @@ FRAMES = weakref.WeakKeyDictionary()  # tokenizer -> {roles: what `frames` found
 PLAIN_BACKENDS = weakref.WeakKeyDictionary()  # tokenizer -> the copy of its backend that `plain_backend` made
 
 
-def tokenizer_fields(tokenizer):
-    """The LMConfig fields that depend on the tokenizer."""
+def tokenizer_fields(tokenizer, image_chars=("<", ">")):
+    """The LMConfig fields that depend on the tokenizer. image_chars: the texts that placeholders of images consist of.
+
+    BadInput if the tokenizer has no token for one of them.
+    """
+    image_char_ids = tokenizer.convert_tokens_to_ids(list(image_chars))
+    for text, token_id in zip(image_chars, image_char_ids, strict=True):
+        if token_id is None or token_id == tokenizer.unk_token_id:
+            raise BadInput(
+                f"the tokenizer in {tokenizer.name_or_path} has no token {text}, which stands for pictures: name the one "
+                "that the weights were trained with, with --tokenizer_path"
+            )
     return {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
-        "image_char_ids": tokenizer.convert_tokens_to_ids(["<", ">"]),
+        "image_char_ids": image_char_ids,
     }
 
 

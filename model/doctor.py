@@ -1,8 +1,9 @@
 """What is there to train with, what is missing and how to get it, and which scripts can run.
 
-python -m model.doctor                             # for 512+8
-python -m model.doctor --dim 768 --n_layers 16     # for what these flags would train
-python -m model.doctor --demo                      # for the demo
+python -m model.doctor                                        # the parts published today, and those of 2024 if some are here
+python -m model.doctor --dim 768 --n_layers 16                # for the large model
+python -m model.doctor --parts v1 --vision_path MY_CLIP       # the files of 2024, or your own
+python -m model.doctor --demo                                 # for the demo
 
 It reads all weights and all records, but only a few pictures of each data set: `python -m dataset.check` opens all of
 them. The exit code is 0 if 1-pretrain_vlm.py can run.
@@ -25,16 +26,35 @@ from dataset.records import parse_record
 from dataset.source import Source, place_inside
 
 from .arguments import MAX_BAD_FRACTION, add_model_arguments, model_sizes, parse_with_demo
-from .checkpoint import PUBLISHED_TOKENIZER, build_config, load_tokenizer, load_vlm, read_metadata, tokenizer_hash
+from .checkpoint import (
+    KNOWN_TOKENIZERS,
+    PUBLISHED_TOKENIZER,
+    build_config,
+    load_tokenizer,
+    load_vlm,
+    read_metadata,
+    read_model,
+    tokenizer_hash,
+)
 from .errors import BadInput, BadRecord, run_script
 from .files import find_weights
+from .images import Preprocess
 from .LMConfig import LMConfig
 from .model_vlm import MiniMindVLM
-from .stages import DEMO_LLM, DEMO_MODEL, STAGES, answering_stage, weights_path
+from .stages import (
+    DATA_REPOSITORY,
+    DEMO_LLM,
+    DEMO_MODEL,
+    STAGES,
+    Parts,
+    answering_stage,
+    published_parts,
+    weights_path,
+)
 from .vision_utils import load_vision
 
 SAMPLE = 20  # records that are checked besides the first and the last
-IMAGE_SIZE = 32  # pixels; small, as only whether a picture can be read matters
+SMALL = Preprocess(32)  # only whether a picture can be read matters
 # on disk for each parameter: weights, resume state (with Adam's two), and the copy that replaces it
 BYTES = 4 + 12 + 12
 PUBLISHED_IDS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<": 30, ">": 32}
@@ -123,38 +143,68 @@ def device_facts(device):
     return f"{os.cpu_count()} cores, {memory / 1e9:.0f} GB of memory"
 
 
-# --- one after the other --------------------------------------------------------------------------------------------
+# --- the machine ----------------------------------------------------------------------------------------------------
+
+
+def report(mark, what, place, says):
+    """Prints a finding: ok, missing or wrong; where; and details, or what to do about it. Returns the mark."""
+    between = ": " if mark == "ok" else f"\n{'':9}"
+    print(f"{mark:<9}{what:<26}{place}{between}{says}", flush=True)
+    return mark
+
+
+def check_machine(args):
+    """Reports packages, device and disk: {what: mark}."""
+    other = list(other_packages())
+    says = f"{'; '.join(other)}: pip install -r requirements.txt" if other else "the versions of requirements.txt"
+    marks = {"packages": report("wrong" if other else "ok", "packages", "requirements.txt", says)}
+    try:
+        marks["device"] = report("ok", "device", args.device, device_facts(args.device))
+    except BadInput as problem:
+        marks["device"] = report("wrong", "device", args.device, problem)
+    folder = Path(args.out_dir).resolve()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    with torch.device("meta"):
+        model = MiniMindVLM(build_config({}, None, None, sizes=model_sizes(args)))
+    wanted = BYTES * sum(parameter.numel() for parameter in model.parameters())
+    says = f"{free / 1e9:.2f} GB free, a stage writes up to {wanted / 1e9:.2f}"
+    writable = folder.is_dir() and os.access(folder, os.W_OK)
+    if free < wanted:
+        says += ": make room, or name another --out_dir"
+    if not writable:
+        says = f"{folder} is not a writable folder: name another --out_dir"
+    mark = "ok" if writable and free >= wanted else "wrong"
+    return {**marks, "disk": report(mark, "disk", args.out_dir, says)}
+
+
+# --- one part after the other ---------------------------------------------------------------------------------------
 
 
 class Doctor:
-    """Checks one thing after another and prints what it finds; `marks` keeps each result: ok, missing or wrong.
+    """Checks Parts one by one and prints what it finds; `marks` keeps each result: ok, missing or wrong.
 
-    tokenizer, encoder: None until they are found to be good. source: the records that were last looked at.
+    marks: those of the machine. tokenizer, encoder: None until they are found to be good. source: the records that were last
+    looked at.
     """
 
-    def __init__(self, args):
-        build_config({}, None, None, sizes=model_sizes(args))  # refuses flags that fit no model
+    def __init__(self, args, parts, marks):
         self.args = args
-        self.marks = {}
+        self.parts = parts
+        self.marks = dict(marks)
         self.tokenizer = self.encoder = self.source = None
-        self.makers = {stage.writes: self.command(stage.command) for stage in STAGES.values()}
-        self.weights = {name: weights_path(args.out_dir, args, name) for name in ("llm", *self.makers)}
-        if args.demo:
-            self.weights["llm"] = Path(DEMO_LLM)
+        self.sizes = model_sizes(args)
+        named_after = argparse.Namespace(dim=parts.dim, use_moe=args.use_moe)
+        self.weights = {"llm": Path(parts.llm)}
+        for stage in STAGES.values():
+            self.weights[stage.writes] = weights_path(args.out_dir, named_after, stage.writes)
 
-    @property
-    def config(self):
-        """The configuration to train; while tokenizer or CLIP is missing, the published values stand in for theirs."""
-        return build_config({}, self.tokenizer, self.encoder, sizes=model_sizes(self.args))
-
-    def command(self, command):
-        return f"{command} --demo" if self.args.demo else command
+    def command(self, name):
+        return f"python {STAGES[name].command} --demo" if self.args.demo else self.parts.command(name)
 
     def report(self, mark, what, place, says):
-        """Prints a finding: ok, missing or wrong; where; and details, or what to do about it."""
-        self.marks[what] = mark
-        between = ": " if mark == "ok" else f"\n{'':9}"
-        print(f"{mark:<9}{what:<26}{place}{between}{says}", flush=True)
+        self.marks[what] = report(mark, what, place, says)
 
     def check_file(self, what, file, get, check):
         """Reports a file: what `check()` says of it (or its BadInput), or `get`, how to obtain it."""
@@ -173,48 +223,69 @@ class Doctor:
         except BadInput as problem:
             self.report("wrong", what, place, problem)
 
-    def check_clip(self):
-        self.encoder = encoder = load_vision(self.args.vision_path)
-        size = encoder.image_size
+    def check_encoder(self):
+        self.encoder = encoder = load_vision(self.parts.vision_path)
+        size = encoder.preprocess.size
         return f"{encoder.image_tokens} tokens, {encoder.vision_width} wide, for a picture of {size}x{size}"
 
     def check_tokenizer(self):
-        """Accepts the published one, and any that some weights here say they were trained with."""
-        self.tokenizer = load_tokenizer(self.args.tokenizer_path)
+        """Accepts the published ones, and any that some weights here say they were trained with."""
+        self.tokenizer = load_tokenizer(self.parts.tokenizer_path)
         own_hash = tokenizer_hash(self.tokenizer)
         count = f"{len(self.tokenizer):,} tokens"
         if own_hash == PUBLISHED_TOKENIZER:
             return f"{count}, the published one"
+        if own_hash in KNOWN_TOKENIZERS:
+            return f"{count}, {KNOWN_TOKENIZERS[own_hash]}'s"
         for file in self.weights.values():
             if read_metadata(file).get("tokenizer") == own_hash:
                 return f"{count}, the ones that {file} was trained with"
+        if self.parts.llm == self.parts.tokenizer_path:
+            return f"{count}, from the folder of the language model"
         raise BadInput(
             f"it is not the published minimind_tokenizer ({unlike_published(self.tokenizer)}), and no weights here say "
             "that they were trained with it: take the one of the first MiniMind-V"
         )
 
     def check_weights(self, name):
-        parts = self.config, self.tokenizer, self.encoder
-        _, summary = load_vlm(self.weights[name], *parts, allow_missing_projector=name == "llm")
+        path = self.weights[name]
+        state, metadata, told = read_model(path)
+        config = build_config(metadata, self.tokenizer, self.encoder, self.sizes, told)
+        is_llm = name == "llm"
+        _, summary = load_vlm(
+            path, config, self.tokenizer, self.encoder, state, metadata, allow_missing_projector=is_llm
+        )
         return summary.rpartition(", ")[2]
 
     def check_models(self):
-        clip, tokenizer = Path(self.args.vision_path), Path(self.args.tokenizer_path)
-        get = f"get it with: hf download openai/clip-vit-base-patch32 --local-dir {clip}"
-        self.check_file("CLIP", find_weights(clip), get, self.check_clip)
-        get = f"copy model/minimind_tokenizer of the first MiniMind-V into {tokenizer}"
+        parts = self.parts
+        vision, tokenizer, llm = Path(parts.vision_path), Path(parts.tokenizer_path), Path(parts.llm)
+        get = f"get it with: hf download {parts.vision_repository} --local-dir {vision}"
+        self.check_file("encoder", find_weights(vision), get, self.check_encoder)
+        get = f"get it with: hf download {parts.llm_repository} --local-dir {llm}"
+        if not parts.llm_repository:
+            get = f"copy model/minimind_tokenizer of the first MiniMind-V into {tokenizer}"
         self.check_file("tokenizer", tokenizer / "tokenizer.json", get, self.check_tokenizer)
-        for name, file in self.weights.items():
-            get = "copy the published one there, or do without: 1-pretrain_vlm.py --from_scratch"
-            if name in self.makers:
-                get = f"{self.makers[name]} makes it" + ("" if self.args.demo else ", or copy the published one there")
-            self.check_file(file.name, file, get, partial(self.check_weights, name))
+        if not parts.llm_repository:
+            get = "copy the published one there, or do without: python 1-pretrain_vlm.py --from_scratch"
+        file = find_weights(llm) if parts.llm_repository else llm
+        self.check_file(llm.name, file, get, partial(self.check_weights, "llm"))
+        for name, stage in STAGES.items():
+            file = self.weights[stage.writes]
+            get = f"{self.command(name)} makes it"
+            if not parts.llm_repository and not self.args.demo:
+                get += ", or copy the published one there"
+            self.check_file(file.name, file, get, partial(self.check_weights, stage.writes))
 
     def check_data(self, name, stage):
         """Reports the records and the pictures that a stage reads, a few of each."""
-        defaults = stage.demo if self.args.demo else stage.defaults
-        file, folder = Path(defaults["data_path"]), Path(defaults["images_path"])
+        file = Path(self.parts.data_paths[name])
+        folder = Path((stage.demo if self.args.demo else stage.defaults)["images_path"])
         get = "get the data of the first MiniMind-V, as dataset/README.md says"
+        if file.suffix == ".parquet":
+            get = (
+                f"get it with: hf download {DATA_REPOSITORY} {file.name} --repo-type dataset --local-dir {file.parent}"
+            )
         if self.args.demo:
             get = f"delete {file.parent}, and the scripts draw it again"
             if not (file.parent / "world.json").exists():
@@ -223,7 +294,10 @@ class Doctor:
                 return
         names = []  # of the pictures of each sampled record
         self.check_file(f"{name} records", file, get, partial(self.check_records, file, folder, names))
-        self.check_pictures(f"{name} pictures", folder, names, get)
+        if names or file.suffix != ".parquet":
+            self.check_pictures(f"{name} pictures", folder, names, get)
+        else:  # they are in the file that is missing
+            self.marks[f"{name} pictures"] = "missing"
 
     def check_records(self, file, folder, names):
         self.source = Source(file, folder, self.args.out_dir)
@@ -231,7 +305,7 @@ class Doctor:
         bad = []
         for where, record in sample:
             try:
-                _, its_names = parse_record(record, where, self.config.image_special_token)
+                _, its_names = parse_record(record, where, LMConfig().image_special_token)
                 names.append(its_names)
             except BadRecord as problem:
                 bad.append(problem)
@@ -251,7 +325,7 @@ class Doctor:
         for its_names in names:
             try:
                 for name in its_names:
-                    self.source.read_pixels(name, IMAGE_SIZE)
+                    self.source.read_pixels(name, SMALL)
             except BadRecord as problem:
                 bad.append(problem)
         try:
@@ -261,37 +335,15 @@ class Doctor:
             mark = "missing" if problem.reason == "picture missing" else "wrong"
             self.report(mark, what, folder, f"{problem}; or {get}")
 
-    def check_machine(self):
-        other = list(other_packages())
-        says = f"{'; '.join(other)}: pip install -r requirements.txt" if other else "the versions of requirements.txt"
-        self.report("wrong" if other else "ok", "packages", "requirements.txt", says)
-        try:
-            self.report("ok", "device", self.args.device, device_facts(self.args.device))
-        except BadInput as problem:
-            self.report("wrong", "device", self.args.device, problem)
-        folder = Path(self.args.out_dir).resolve()
-        while not folder.exists():
-            folder = folder.parent
-        free = shutil.disk_usage(folder).free
-        with torch.device("meta"):
-            wanted = BYTES * sum(parameter.numel() for parameter in MiniMindVLM(self.config).parameters())
-        says = f"{free / 1e9:.2f} GB free, a stage writes up to {wanted / 1e9:.2f}"
-        writable = folder.is_dir() and os.access(folder, os.W_OK)
-        if free < wanted:
-            says += ": make room, or name another --out_dir"
-        if not writable:
-            says = f"{folder} is not a writable folder: name another --out_dir"
-        self.report("ok" if writable and free >= wanted else "wrong", "disk", self.args.out_dir, says)
-
     def ready(self, command, weights, data=()):
         """Prints whether a script can run, and returns that. weights: their name; data: what else it needs.
 
         Other versions of packages don't matter: what the script imports has been imported here.
         """
-        needed = ["CLIP", "tokenizer", self.weights[weights].name, "device", *data]
+        needed = ["encoder", "tokenizer", self.weights[weights].name, "device", *data]
         lacking = [f"{what} {self.marks[what]}" for what in needed if self.marks[what] != "ok"]
         reason = f" ({', '.join(lacking)})" if lacking else ""
-        print(f"{'not ready' if lacking else 'ready'}: {self.command(command)}{reason}")
+        print(f"{'not ready' if lacking else 'ready'}: {command}{reason}")
         return not lacking
 
     def examine(self):
@@ -299,20 +351,44 @@ class Doctor:
         self.check_models()
         for name, stage in STAGES.items():
             self.check_data(name, stage)
-        self.check_machine()
         print()
         verdicts = [
-            self.ready(stage.command, stage.starts_from, (f"{name} records", f"{name} pictures", "disk"))
+            self.ready(self.command(name), stage.starts_from, (f"{name} records", f"{name} pictures", "disk"))
             for name, stage in STAGES.items()
         ]
-        self.ready("3-eval_chat.py", answering_stage(multi=False).writes)
+        answer = f"python 3-eval_chat.py{self.command('sft').partition('.py')[2].partition(' --data_path')[0]}"
+        self.ready(answer, answering_stage(multi=False).writes)
         return verdicts[0]
+
+
+def parts_to_check(args):
+    """The Parts that the flags ask for; without any, those of today, and those of 2024 if one of its own files is here."""
+    if args.demo:
+        data_paths = {name: stage.demo["data_path"] for name, stage in STAGES.items()}
+        demo = args.dim, DEMO_LLM, None, args.tokenizer_path, args.vision_path, ""
+        return [Parts("the demo", *demo, data_paths)]
+    published = published_parts(args)
+    if args.parts:
+        return [published[args.parts]]
+    v1 = published["v1"]
+    files = [v1.llm, v1.tokenizer_path, *v1.data_paths.values()]
+    if not any(Path(file).exists() for file in files):
+        del published["v1"]
+    return list(published.values())
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
-    sys.exit(not Doctor(parse_with_demo(parser, DEMO_MODEL)).examine())
+    parser.add_argument("--parts", choices=["minimind2", "minimind3", "v1"], help="look at these only")
+    args = parse_with_demo(parser, DEMO_MODEL)
+    build_config({}, None, None, sizes=model_sizes(args))  # refuses flags that fit no model
+    marks = check_machine(args)
+    found_ready = False
+    for parts in parts_to_check(args):
+        print(f"\n{parts.title}")
+        found_ready |= Doctor(args, parts, marks).examine()
+    sys.exit(not found_ready)
 
 
 if __name__ == "__main__":

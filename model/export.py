@@ -107,8 +107,12 @@ def export(weights, folder, tokenizer_path, vision_path, with_vision):
         {
             "processor_class": "MiniMindVProcessor",
             "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]},
-            "image_size": encoder.image_size,
-            "image_tokens": encoder.image_tokens,
+            "image_tokens": config.image_tokens,
+            "image_chars": config.image_chars,
+            "image_size": encoder.preprocess.size,
+            "resample": int(encoder.preprocess.resample),
+            "image_mean": encoder.preprocess.mean,
+            "image_std": encoder.preprocess.std,
         },
     )
 

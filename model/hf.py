@@ -1,4 +1,4 @@
-"""MiniMind-V as transformers' Auto classes load it, with its CLIP inside; `model.export` copies this file to each folder.
+"""MiniMind-V as transformers' Auto classes load it, with its encoder inside; `model.export` copies this file to each folder.
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)     AutoProcessor.from_pretrained(...)
 
@@ -6,21 +6,23 @@ Shapes: B batch, T tokens, N images in the batch, S their size in pixels, P toke
 """
 
 import torch
-from transformers import BatchFeature, CLIPVisionConfig, CLIPVisionModel, ProcessorMixin
+from transformers import AutoConfig, AutoModel, BatchFeature, ProcessorMixin
 
 from .conversation import as_conversation, encode_conversations, pad_left, tokenizer_fields
-from .images import normalise, to_pixels
+from .images import Preprocess, normalise, to_pixels
 from .LMConfig import LMConfig
 from .model_vlm import MiniMindVLM
 
+VIT_B_32 = Preprocess()
+
 
 class MiniMindVForConditionalGeneration(MiniMindVLM):
-    """`MiniMindVLM` that takes pixels too. `vision_encoder` is None in a folder exported without CLIP, until one is set."""
+    """`MiniMindVLM` that takes pixels too. `vision_encoder` is None in a folder exported without one, until it is set."""
 
     def __init__(self, config: LMConfig):
         super().__init__(config)
-        clip = getattr(config, "vision_config", None)
-        self.vision_encoder = CLIPVisionModel(CLIPVisionConfig(**clip)) if clip else None
+        vision = getattr(config, "vision_config", None)
+        self.vision_encoder = AutoModel.from_config(AutoConfig.for_model(**vision)) if vision else None
         self.post_init()
 
     def encode_images(self, pixel_values):
@@ -31,7 +33,8 @@ class MiniMindVForConditionalGeneration(MiniMindVLM):
                 'CLIPVisionModel.from_pretrained("openai/clip-vit-base-patch32"), or pass image_features'
             )
         with torch.no_grad():
-            return self.vision_encoder(pixel_values.to(self.vision_encoder.dtype)).last_hidden_state
+            features = self.vision_encoder(pixel_values.to(self.vision_encoder.dtype)).last_hidden_state
+        return features[:, 1:] if self.config.drop_class_token else features
 
     def forward(
         self, input_ids, pixel_values=None, image_features=None, attention_mask=None, logits_to_keep=0, **kwargs
@@ -55,9 +58,20 @@ class MiniMindVForConditionalGeneration(MiniMindVLM):
 class MiniMindVProcessor(ProcessorMixin):
     """Questions and pictures in, the model's inputs out; the code is that of training."""
 
-    def __init__(self, tokenizer, image_size=224, image_tokens=50, **kwargs):
+    def __init__(
+        self,
+        tokenizer,
+        image_tokens=50,
+        image_chars=("<", ">"),
+        image_size=VIT_B_32.size,
+        resample=VIT_B_32.resample,
+        image_mean=VIT_B_32.mean,
+        image_std=VIT_B_32.std,
+        **kwargs,
+    ):
         super().__init__(tokenizer, **kwargs)
-        self.image_size, self.image_tokens = image_size, image_tokens
+        self.image_tokens, self.image_chars = image_tokens, image_chars
+        self.image_size, self.resample, self.image_mean, self.image_std = image_size, resample, image_mean, image_std
 
     def __call__(self, images=None, text="", **kwargs):
         """`input_ids`, `attention_mask` (B, T), padded on the left, and `pixel_values` (N, 3, S, S) as tensors.
@@ -73,7 +87,8 @@ class MiniMindVProcessor(ProcessorMixin):
             images = [images]
 
         # each question as a conversation of one turn, then as token ids
-        config = LMConfig(image_tokens=self.image_tokens, **tokenizer_fields(self.tokenizer))
+        placeholder = {"image_tokens": self.image_tokens, "image_chars": self.image_chars}
+        config = LMConfig(**placeholder, **tokenizer_fields(self.tokenizer, self.image_chars))
         if isinstance(text, str):
             conversations = [as_conversation(text, len(images), config)]
         else:
@@ -82,6 +97,7 @@ class MiniMindVProcessor(ProcessorMixin):
         input_ids, attention_mask = pad_left(prompts)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if images:
-            pixels = torch.stack([to_pixels(image, self.image_size) for image in images])
-            inputs["pixel_values"] = normalise(pixels)
+            preprocess = Preprocess(self.image_size, self.resample, self.image_mean, self.image_std)
+            pixels = torch.stack([to_pixels(image, preprocess) for image in images])
+            inputs["pixel_values"] = normalise(pixels, *preprocess.statistics())
         return BatchFeature(inputs)

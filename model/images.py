@@ -1,9 +1,10 @@
-"""Any picture, video or animation in, uint8 pixels (3, S, S) out, S the encoder's size; and how CLIP normalises them."""
+"""Any picture, video or animation in, uint8 pixels (3, S, S) out, S the encoder's size; and how it normalises them."""
 
 import contextlib
 import math
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,9 +21,23 @@ UPRIGHT = {  # EXIF's orientation -> the transposition that sets the picture upr
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# mean and standard deviation of CLIP's training pictures per channel, on a scale from 0 to 1
-PIXEL_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
-PIXEL_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+
+
+class Preprocess(NamedTuple):
+    """How an encoder takes its pictures; the defaults are CLIP ViT-B/32's.
+
+    size: S, the pixels of a side. resample: Pillow's number of the filter that resizes to it.
+    mean, std: of the encoder's training pictures per channel, on a scale from 0 to 1.
+    """
+
+    size: int = 224
+    resample: int = Image.Resampling.BICUBIC
+    mean: tuple = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple = (0.26862954, 0.26130258, 0.27577711)
+
+    def statistics(self, device="cpu"):
+        """`mean` and `std` as tensors (3, 1, 1)."""
+        return [torch.tensor(values, device=device).view(3, 1, 1) for values in (self.mean, self.std)]
 
 
 def to_rgb(image):
@@ -43,19 +58,20 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def to_pixels(image, size):
-    """A Pillow image as uint8 (3, size, size): the whole picture, squeezed to a square (bicubic, as in the published code).
+def to_pixels(image, preprocess):
+    """A Pillow image as uint8 (3, S, S): the whole picture, squeezed to a square, as in the published code.
 
     A JPEG not decoded yet is decoded at a half, quarter or eighth of its size, whichever is the smallest that still has
-    `2 * size` pixels a side: much faster, and it looks the same.
+    `2 * S` pixels a side: much faster, and it looks the same.
     """
+    size = preprocess.size
     image.draft(None, (2 * size, 2 * size))
-    pixels = np.asarray(to_rgb(image).resize((size, size), Image.Resampling.BICUBIC))
+    pixels = np.asarray(to_rgb(image).resize((size, size), preprocess.resample))
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def normalise(pixels, mean=PIXEL_MEAN, std=PIXEL_STD):
-    """uint8 pixels (N, 3, S, S) -> float32, by CLIP's mean and standard deviation; those must be on the pixels' device."""
+def normalise(pixels, mean, std):
+    """uint8 pixels (N, 3, S, S) -> float32, by an encoder's mean and standard deviation, tensors (3, 1, 1)."""
     return (pixels.float() / 255 - mean) / std
 
 
@@ -76,13 +92,13 @@ def opened(path, opener=Image.open):
         raise BadRecord(reason, f"{path} could not be read as a picture ({why}): replace it or leave it out") from None
 
 
-def read_pixels(path, size, opener=Image.open):
+def read_pixels(path, preprocess, opener=Image.open):
     """`to_pixels` of a file; BadRecord names it if it is missing or not a picture.
 
     opener: called with the path, returns a Pillow image; for pictures that are inside another file.
     """
     with opened(path, opener) as image:
-        return to_pixels(image, size)
+        return to_pixels(image, preprocess)
 
 
 # --- videos and animations ------------------------------------------------------------------------------------------
@@ -97,30 +113,30 @@ def frame_indices(count, max_frames):
     return np.linspace(0, count - 1, min(count, max_frames)).round().astype(int).tolist()
 
 
-def read_frames(path, size, max_frames):
-    """Up to `max_frames` frames of a file as a list of uint8 pixels (3, size, size); one for a still picture.
+def read_frames(path, preprocess, max_frames):
+    """Up to `max_frames` frames of a file as a list of uint8 pixels (3, S, S); one for a still picture.
 
     Pillow reads animated GIF, WebP and PNG; PyAV, if installed, reads videos. BadInput names the file and what is wrong.
     """
     format = VIDEOS.get(Path(path).suffix.lower())
     if format:
         with opened(path, partial(open, mode="rb")) as file:
-            return video_frames(file, format, size, max_frames)
+            return video_frames(file, format, preprocess, max_frames)
     with opened(path) as image:
-        return picture_frames(image, size, max_frames)
+        return picture_frames(image, preprocess, max_frames)
 
 
-def picture_frames(image, size, max_frames):
+def picture_frames(image, preprocess, max_frames):
     """`read_frames` of an open Pillow image, still or animated."""
     count = image.n_frames if image.format in ANIMATED else 1
     frames = []
     for index in frame_indices(count, max_frames):
         image.seek(index)
-        frames.append(to_pixels(image, size))
+        frames.append(to_pixels(image, preprocess))
     return frames
 
 
-def video_frames(file, format, size, max_frames, max_pixels=math.inf):
+def video_frames(file, format, preprocess, max_frames, max_pixels=math.inf):
     """`read_frames` of an open video; format: one of the values of VIDEOS. ValueError if the file is broken.
 
     BadInput if PyAV is not installed, or if all frames together have over `max_pixels` pixels.
@@ -151,7 +167,7 @@ def video_frames(file, format, size, max_frames, max_pixels=math.inf):
             for index, frame in enumerate(container.decode(stream)):
                 if index in chosen:
                     image = frame.to_image().rotate(frame.rotation, expand=True)
-                    frames.append(to_pixels(image, size))
+                    frames.append(to_pixels(image, preprocess))
     except av.FFmpegError as error:
         raise ValueError(error.strerror) from None
     if not frames:

@@ -17,37 +17,23 @@ from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 from .errors import BadInput
 
-# (what a name of a llama's tensor has, what ours has instead), in this order
-RENAMED = [
-    (r"^model\.embed_tokens\.", "tok_embeddings."),
-    (r"^lm_head\.", "output."),
-    (r"^model\.norm\.", "norm."),
-    (r"^model\.layers\.", "layers."),
-    (r"\.self_attn\.([qkvo])_proj\.", r".attention.w\1."),
-    (r"\.self_attn\.([qk])_norm\.", r".attention.\1_norm."),
-    (r"\.input_layernorm\.", ".attention_norm."),
-    (r"\.post_attention_layernorm\.", ".ffn_norm."),
-    (r"\.mlp\.shared_experts\.0\.", ".feed_forward.shared_experts."),
-    (r"\.mlp\.", ".feed_forward."),
-    (r"\.gate_proj\.", ".w1."),
-    (r"\.down_proj\.", ".w2."),
-    (r"\.up_proj\.", ".w3."),
-]
-# and back
-NAMED_BACK = [
-    (r"^tok_embeddings\.", "model.embed_tokens."),
-    (r"^output\.", "lm_head."),
-    (r"^norm\.", "model.norm."),
-    (r"^layers\.", "model.layers."),
-    (r"\.attention\.w([qkvo])\.", r".self_attn.\1_proj."),
-    (r"\.attention\.([qk])_norm\.", r".self_attn.\1_norm."),
-    (r"\.attention_norm\.", ".input_layernorm."),
-    (r"\.ffn_norm\.", ".post_attention_layernorm."),
-    (r"\.feed_forward\.", ".mlp."),
-    (r"\.w1\.", ".gate_proj."),
-    (r"\.w2\.", ".down_proj."),
-    (r"\.w3\.", ".up_proj."),
-]
+# parts of a tensor's name in the llama layout, and in ours
+THEIRS_TO_OURS = {
+    "embed_tokens": "tok_embeddings",
+    "lm_head": "output",
+    "self_attn": "attention",
+    "q_proj": "wq",
+    "k_proj": "wk",
+    "v_proj": "wv",
+    "o_proj": "wo",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp": "feed_forward",
+    "gate_proj": "w1",
+    "down_proj": "w2",
+    "up_proj": "w3",
+}
+OURS_TO_THEIRS = {ours: theirs for theirs, ours in THEIRS_TO_OURS.items()}
 ROTATED = re.compile(r"\.attention\.(wq|wk|q_norm|k_norm)\.weight$")
 
 # our names of the fields of other models' config.json
@@ -75,7 +61,16 @@ NEUTRAL = {
     "quantization_config": None,
 }
 # model_type of a config.json -> the class that knows its defaults; MiniMind's own code is not run
-TYPES = {"llama": LlamaConfig, "qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig, "minimind": None}
+TYPES = {
+    "llama": LlamaConfig,
+    "qwen3": Qwen3Config,
+    "qwen3_moe": Qwen3MoeConfig,
+    "minimind": None,
+    "minimind-v": None,
+}
+# the placeholders of the later MiniMind-V, as LMConfig fields
+MINIMIND2_V = {"image_chars": ["@", "@"], "image_tokens": 196, "drop_class_token": True}
+MINIMIND_3V = {"image_chars": ["<|image_pad|>", "<|image_pad|>"], "image_tokens": 64}
 
 
 # --- tensors --------------------------------------------------------------------------------------------------------
@@ -87,17 +82,17 @@ def is_llama(state):
 
 
 def our_name(name):
-    """A tensor's name in our layout; that of another part, as the projector, stays."""
-    for pattern, ours in RENAMED:
-        name = re.sub(pattern, ours, name)
-    return name
+    """A tensor's name in our layout, from either; that of a projector stays."""
+    if name.startswith("vision_proj."):
+        return name
+    name = name.removeprefix("model.").replace(".shared_experts.0.", ".shared_experts.")
+    return ".".join(THEIRS_TO_OURS.get(part, part) for part in name.split("."))
 
 
 def their_name(name):
-    """The inverse of `our_name`."""
-    for pattern, theirs in NAMED_BACK:
-        name = re.sub(pattern, theirs, name)
-    return name
+    """The inverse of `our_name`, for the tensors of a language model."""
+    name = ".".join(OURS_TO_THEIRS.get(part, part) for part in name.split("."))
+    return name if name.startswith("lm_head.") else f"model.{name}"
 
 
 def from_llama(state, head_dim):
@@ -191,7 +186,7 @@ def sizes_of(state):
     layers = [int(name.split(".")[1]) for name in shapes if name.startswith("layers.")]
     gate = shapes.get("layers.0.feed_forward.gate.weight")
     up = shapes.get(f"layers.0.feed_forward.{'experts.0.' if gate else ''}w3.weight")
-    projector = shapes.get("vision_proj.vision_proj.0.weight")
+    linear, mlp = (shapes.get(f"vision_proj.{name}.0.weight") for name in ("vision_proj", "mlp"))
     sizes = {
         "vocab_size": vocab_size,
         "dim": dim,
@@ -202,7 +197,8 @@ def sizes_of(state):
         "hidden_dim": up and up[0],
         "qk_norm": "layers.0.attention.q_norm.weight" in shapes,
         "tie_word_embeddings": torch.equal(embeddings[0], embeddings[-1]),
-        "vision_width": projector and projector[1],
+        "projector": "linear" if linear else "mlp" if mlp else None,
+        "vision_width": (linear or mlp or [None])[-1],
     }
     return {name: value for name, value in sizes.items() if value is not None}
 
@@ -225,3 +221,24 @@ def fields_of_generation(state):
     if 4 * key == width:
         return {"n_heads": 8, "n_kv_heads": 2, "rope_theta": 1e6}
     return {}
+
+
+# --- placeholders of pictures ---------------------------------------------------------------------------------------
+
+
+def placeholder_fields(content):
+    """The LMConfig fields of the placeholder that a published MiniMind-V's config.json names; {} if it names none."""
+    text = content.get("image_special_token", "")
+    if text.startswith("@"):
+        return {**MINIMIND2_V, "image_tokens": len(text)}
+    if text.startswith("<|image_pad|>"):
+        return {**MINIMIND_3V, "image_tokens": content.get("image_token_len", MINIMIND_3V["image_tokens"])}
+    return {}
+
+
+def placeholder_of_generation(state):
+    """The same for a .pth file that comes without a config: by its projector and its layout."""
+    sizes, generation = sizes_of(state), fields_of_generation(state)
+    if sizes.get("projector") == "mlp":
+        return MINIMIND_3V
+    return MINIMIND2_V if "projector" in sizes and generation.get("n_kv_heads") == 2 else {}

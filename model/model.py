@@ -278,8 +278,10 @@ class MiniMindLM(PreTrainedModel, GenerationMixin):
             init.normal_(module.weight, std=0.02)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, RMSNorm):
+        elif isinstance(module, (RMSNorm, nn.LayerNorm)):
             init.ones_(module.weight)
+            if isinstance(module, nn.LayerNorm):
+                init.zeros_(module.bias)
         elif isinstance(module, (Attention, FeedForward)):
             out = module.wo if isinstance(module, Attention) else module.w2
             init.normal_(out.weight, std=0.02 / (2 * self.config.n_layers) ** 0.5)

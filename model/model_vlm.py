@@ -1,4 +1,4 @@
-"""How the language model sees: a linear map takes CLIP's vectors to embeddings, which overwrite the placeholders' own.
+"""How the language model sees: a projector takes CLIP's vectors to embeddings, which overwrite the placeholders' own.
 
 Shapes: B batch, T tokens, N images in the batch, P tokens per image, V vision width, D model width.
 """
@@ -11,14 +11,26 @@ from .model import MiniMindLM, rotary_freqs
 
 
 class VisionProj(nn.Module):
-    """A dictionary between two languages: (N, P, V) vectors of CLIP -> (N, P, D) embeddings of the language model."""
+    """A dictionary between two languages: (N, P, V) vectors of CLIP -> (N, P, D) embeddings of the language model.
+
+    One linear layer, or with `projector="mlp"` two, as in minimind-3v; the attributes' names are the published ones.
+    """
 
     def __init__(self, config: LMConfig):
         super().__init__()
-        self.vision_proj = nn.Sequential(nn.Linear(config.vision_width, config.dim, bias=config.vision_bias))
+        if config.projector == "linear":
+            self.vision_proj = nn.Sequential(nn.Linear(config.vision_width, config.dim, bias=config.vision_bias))
+        else:
+            self.mlp = nn.Sequential(
+                nn.LayerNorm(config.vision_width),
+                nn.Linear(config.vision_width, config.dim),
+                nn.GELU(),
+                nn.Linear(config.dim, config.dim),
+            )
 
     def forward(self, image_features):
-        return self.vision_proj(image_features)
+        (layers,) = self.children()
+        return layers(image_features)
 
 
 class MiniMindVLM(MiniMindLM):
@@ -100,7 +112,10 @@ class MiniMindVLM(MiniMindLM):
 
 
 def find_placeholders(input_ids, image_ids):
-    """input_ids (B, T) -> (B, T) bool, True where a whole placeholder begins: half of it the first id, half the last."""
+    """input_ids (B, T) -> (B, T) bool, True where a whole placeholder begins: half of it the first id, half the last.
+
+    If both are the same id, a longer run of it is one placeholder after the other.
+    """
     starts = torch.zeros_like(input_ids, dtype=torch.bool)
     size, half = len(image_ids), len(image_ids) // 2
     last = input_ids.shape[1] - size  # the last position at which one could begin
@@ -109,6 +124,14 @@ def find_placeholders(input_ids, image_ids):
         left = (input_ids == image_ids[0]).unfold(1, half, 1).all(dim=-1)
         right = (input_ids == image_ids[-1]).unfold(1, size - half, 1).all(dim=-1)
         starts[:, : last + 1] = left[:, : last + 1] & right[:, half:]
+
+        # where both are the same id, any position in a run looks like a start, but only every `size`-th is one
+        if image_ids[0] == image_ids[-1]:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)  # (T,)
+            before = (
+                torch.where(input_ids != image_ids[0], positions, -1).cummax(dim=1).values
+            )  # (B, T), the run's left
+            starts &= (positions - before - 1) % size == 0
     return starts
 
 

@@ -42,7 +42,7 @@ def score(chat, data_path, images_path, out_dir=None, seed=0):
     looks = {}  # set of names -> that hash
     for begin in range(0, len(sets), 32):
         part = sets[begin : begin + 32]
-        pixels = [source.read_pixels(name, chat.encoder.image_size) for one in part for name in one]
+        pixels = [source.read_pixels(name, chat.encoder.preprocess) for one in part for name in one]
         for one, its_pixels in zip(part, chunked(pixels, len(sets[0])), strict=True):
             looks[one] = hashlib.sha256(torch.stack(its_pixels).numpy().tobytes()).hexdigest()
         features.update(zip(map(looks.get, part), chat.encode_images(pixels).split(len(sets[0])), strict=True))

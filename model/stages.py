@@ -82,3 +82,70 @@ def answering_stage(multi):
 def weights_path(out_dir, config_or_args, name):
     """The path of the weights `name`, e.g. out/512_moe_vlm_sft.pth; takes anything with `dim` (None: 512) and `use_moe`."""
     return Path(out_dir) / f"{config_or_args.dim or 512}{'_moe' if config_or_args.use_moe else ''}_{name}.pth"
+
+
+# --- published parts ------------------------------------------------------------------------------------------------
+
+VISION_PATH = "model/clip_model/clip-vit-base-patch32"
+TOKENIZER_PATH = "model/minimind_tokenizer"
+DATA_REPOSITORY = "jingyaogong/minimind-v_dataset"
+
+
+class Parts(NamedTuple):
+    """Parts that fit together: where each belongs, and the repository at Hugging Face that has it, if one does."""
+
+    title: str
+    dim: int
+    llm: str
+    llm_repository: str | None
+    tokenizer_path: str
+    vision_path: str
+    vision_repository: str
+    data_paths: dict  # stage -> file of its records; pictures are inside, or in the stage's folder
+
+    def command(self, name):
+        """What a person types for a stage with these parts; flags that say what is the default anyway are left out."""
+        stage = STAGES[name]
+        flags = ["python", stage.command]
+        if self.llm_repository and name == "pretrain":
+            flags += ["--from_weights", self.llm]
+        elif self.dim != 512:
+            flags += ["--dim", str(self.dim)]
+        for flag, value, default in (
+            ("--tokenizer_path", self.tokenizer_path, TOKENIZER_PATH),
+            ("--vision_path", self.vision_path, VISION_PATH),
+            ("--data_path", self.data_paths[name], stage.data_path),
+        ):
+            flags += [flag, value] if value != default else []
+        return " ".join(flags)
+
+
+def published_parts(args):
+    """Name -> Parts that were published for a model of the width `args.dim`. README, "Get the parts", tells the same.
+
+    Those of "v1" are where other flags say, so that they can be a person's own.
+    """
+    dim = args.dim or 512
+    own_data = {name: stage.data_path for name, stage in STAGES.items()}
+    parquet = {**own_data, "pretrain": "dataset/pretrain_i2t.parquet", "sft": "dataset/sft_i2t.parquet"}
+    minimind2 = "MiniMind2" if dim == 768 else "MiniMind2-Small"
+    clip = VISION_PATH, "openai/clip-vit-base-patch32"
+    siglip = "model/siglip2-base-p32-256-ve", "jingyaogong/siglip2-base-p32-256-ve"
+    return {
+        "minimind2": Parts(
+            f"{minimind2} with CLIP", dim, minimind2, f"jingyaogong/{minimind2}", minimind2, *clip, parquet
+        ),
+        "minimind3": Parts(
+            "MiniMind-3 with SigLIP2", 768, "minimind-3", "jingyaogong/minimind-3", "minimind-3", *siglip, parquet
+        ),
+        "v1": Parts(
+            "the files of 2024, or your own",
+            dim,
+            str(weights_path(args.out_dir, args, "llm")),
+            None,
+            args.tokenizer_path,
+            args.vision_path,
+            clip[1],
+            own_data,
+        ),
+    }

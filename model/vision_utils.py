@@ -1,6 +1,6 @@
-"""The frozen CLIP: pixels in, `(N, P, V)` features out.
+"""The frozen encoder, a CLIP or a SigLIP: pixels in, `(N, P, V)` features out.
 
-Shapes: N images, P tokens per image ((image_size / patch_size)^2 + 1 = 50), V vision width (768 for ViT-B/32).
+Shapes: N images, S pixels on a side, P tokens per image ((S / patch_size)^2 + 1 = 50), V vision width (768 for ViT-B/32).
 """
 
 import contextlib
@@ -11,62 +11,73 @@ from pathlib import Path
 import safetensors
 import safetensors.torch
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import AutoConfig, AutoModel, CLIPVisionModel, SiglipVisionModel
 from transformers.utils import logging as hf_logging
 
 from .errors import BadInput
 from .files import find_weights, read_json_object, refuse_lfs_pointer
-from .images import PIXEL_MEAN, PIXEL_STD, normalise
+from .images import Preprocess, normalise
 from .LMConfig import LMConfig
 
-CLIP_MODEL_TYPES = ("clip", "clip_vision_model")  # `model_type` in a CLIP's config.json
-VISION = "vision_encoder."  # prefix of CLIP's tensor names in a MiniMind-V folder that contains it
+# `model_type` in config.json -> the class of its vision half; a SigLIP2 of fixed size is a `siglip`, too
+ENCODERS = {
+    "clip": CLIPVisionModel,
+    "clip_vision_model": CLIPVisionModel,
+    "siglip": SiglipVisionModel,
+    "siglip_vision_model": SiglipVisionModel,
+}
+# where the folder has no preprocessor_config.json
+SIGLIP_PREPROCESS = Preprocess(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+VISION = "vision_encoder."  # prefix of the encoder's tensor names in a MiniMind-V folder that contains it
 
 
 class VisionEncoder:
-    """The vision half of a CLIP, frozen; calling it turns pixels (N, 3, S, S) into features (N, P, V).
+    """The vision half of a CLIP or a SigLIP, frozen; calling it turns pixels (N, 3, S, S) into features (N, P, V).
 
-    image_size, image_tokens, vision_width: S, P and V, from the model's own config.
+    preprocess: a `Preprocess`, how pictures become its pixels. image_tokens, vision_width: P and V, from the model's config.
+    drop_class_token: leaves out the first of a CLIP's vectors, as MiniMind2-V does; a SigLIP has none.
     """
 
-    def __init__(self, model: CLIPVisionModel, device="cpu", dtype=torch.float32):
+    def __init__(self, model, device="cpu", dtype=torch.float32, preprocess=None, drop_class_token=False):
         self.model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
         self.device = torch.device(device)
         self.dtype = dtype
 
-        # S, P and V: P counts every patch and the class token
+        # P counts every patch, and a CLIP's class token
         config = model.config
-        self.image_size = config.image_size
-        self.image_tokens = (config.image_size // config.patch_size) ** 2 + 1
+        has_class_token = config.model_type == "clip_vision_model"
+        self.first = int(has_class_token and drop_class_token)  # the first vector that is kept
+        self.image_tokens = (config.image_size // config.patch_size) ** 2 + has_class_token - self.first
         self.vision_width = config.hidden_size
 
-        # on the device once, rather than copied there at every call
-        self.mean = PIXEL_MEAN.to(device)
-        self.std = PIXEL_STD.to(device)
+        # mean and std are on the device once, rather than copied there at every call
+        default = Preprocess() if has_class_token else SIGLIP_PREPROCESS
+        self.preprocess = preprocess or default._replace(size=config.image_size)
+        self.mean, self.std = self.preprocess.statistics(device)
 
-        # a hook takes the encoder's output before the final LayerNorm and pooling; one slot per thread, so that two
-        # callers at once don't mix their pictures
+        # a hook takes CLIP's vectors before the last LayerNorm and pooling, SigLIP's after that norm, before pooling; one
+        # slot per thread, so that two callers at once don't mix their pictures
         self.captured = threading.local()
-        encoder = getattr(model, "vision_model", model).encoder
-        encoder.register_forward_hook(self._capture)
+        vision = getattr(model, "vision_model", model)
+        (vision.encoder if has_class_token else vision.post_layernorm).register_forward_hook(self._capture)
 
     def _capture(self, module, inputs, output):
-        self.captured.features = output.last_hidden_state
+        self.captured.features = output if torch.is_tensor(output) else output.last_hidden_state
 
     @torch.no_grad()
     def __call__(self, pixels):
-        """uint8 pixels (N, 3, S, S) -> (N, P, V): the encoder's output for the class token and every patch.
+        """uint8 pixels (N, 3, S, S) -> (N, P, V): the encoder's output for every patch, and for CLIP's class token.
 
-        Not CLIP's pooled vector: that summarises the picture, these still say what is where.
+        Not the pooled vector: that summarises the picture, these still say what is where.
         """
         pixel_values = normalise(pixels.to(self.device), self.mean, self.std)  # (N, 3, S, S), float32
         self.model(pixel_values.to(self.dtype))
-        return self.captured.features
+        return self.captured.features[:, self.first :]
 
 
 @contextlib.contextmanager
 def quiet_transformers():
-    """Silences progress bars and the report on CLIP's unused text weights."""
+    """Silences progress bars and the report on the unused weights of the half that reads text."""
     level = hf_logging.get_verbosity()
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
@@ -79,10 +90,10 @@ def quiet_transformers():
             hf_logging.enable_progress_bar()
 
 
-def load_vision(folder, device="cpu", dtype=torch.float32):
-    """Loads the vision half of a CLIP folder in transformers format, or of a folder made by `model.export --with_vision`.
+def load_vision(folder, device="cpu", dtype=torch.float32, drop_class_token=False):
+    """Loads the vision half of a CLIP or SigLIP folder in transformers format, or of one made by `model.export --with_vision`.
 
-    BadInput if it is missing, incomplete, or not a CLIP.
+    BadInput if it is missing, incomplete, or another model.
     """
     folder = Path(folder)
     config = read_json_object(folder / "config.json")
@@ -92,25 +103,31 @@ def load_vision(folder, device="cpu", dtype=torch.float32):
     for file in (weights, *folder.glob("*-of-*")):
         refuse_lfs_pointer(file)
 
-    # a MiniMind-V folder that contains its CLIP
+    # a MiniMind-V folder that contains its encoder
     if has_vision(folder):
-        return VisionEncoder(bundled_vision(folder), device, dtype)
+        model = bundled_vision(folder)
+        preprocess = read_preprocess(folder / "processor_config.json", model.config)
+        return VisionEncoder(model, device, dtype, preprocess, drop_class_token)
 
-    # any other folder must be a CLIP's
+    # any other folder must be an encoder's
     if not config:
         raise BadInput(
             f"no CLIP in {folder}: download clip-vit-base-patch32 into it (see README, 'Train it for real'), "
             "name another folder with --vision_path, or try --demo"
         )
-    if config.get("model_type") not in CLIP_MODEL_TYPES:
+    kind = config.get("model_type")
+    if kind not in ENCODERS:
         raise BadInput(
-            f"{folder} is not a CLIP (model_type {config.get('model_type')}): name a CLIP's folder with --vision_path"
+            f"{folder} is neither a CLIP nor a SigLIP of fixed size (model_type {kind}): name the folder of one with "
+            "--vision_path"
         )
+    if drop_class_token and ENCODERS[kind] is not CLIPVisionModel:
+        raise BadInput(f"{folder} is a SigLIP, which has no class token: leave out --drop_class_token")
 
     # transformers fills gaps with random numbers; ask it to report them, and refuse them below
     try:
         with quiet_transformers():
-            model, info = CLIPVisionModel.from_pretrained(
+            model, info = ENCODERS[kind].from_pretrained(
                 folder,
                 local_files_only=True,
                 dtype=torch.float32,
@@ -121,32 +138,58 @@ def load_vision(folder, device="cpu", dtype=torch.float32):
         subject = f"{weights} names a file that is" if weights.suffix == ".json" else f"{weights} is"
         raise BadInput(f"{subject} truncated, or not a file of weights: copy or download it again") from None
     except (OSError, ValueError, RuntimeError) as error:
-        raise BadInput(f"the CLIP in {folder} could not be loaded: {str(error).splitlines()[0]}") from None
+        raise BadInput(f"the encoder in {folder} could not be loaded: {str(error).splitlines()[0]}") from None
 
     # every tensor must be there, in the size that config.json says
     for name, found, expected in sorted(info["mismatched_keys"]):
         shapes = f"{name} is {tuple(found)}, config.json says {tuple(expected)}"
         raise BadInput(f"config.json and the weights in {folder} don't match ({shapes}): download both files again")
-    missing = [key for key in info["missing_keys"] if "position_ids" not in key]
+    missing = [key for key in info["missing_keys"] if "position_ids" not in key and not key.startswith("head.")]
     if missing:
-        raise BadInput(f"the CLIP in {folder} lacks {len(missing)} tensors, e.g. {missing[0]}: download it again")
-    return VisionEncoder(model, device, dtype)
+        raise BadInput(f"the encoder in {folder} lacks {len(missing)} tensors, e.g. {missing[0]}: download it again")
+    if hasattr(model, "head"):  # SigLIP's pooling, which is not used here
+        del model.head
+        model.use_head = model.config.vision_use_head = False
+    preprocess = read_preprocess(folder / "preprocessor_config.json", model.config)
+    return VisionEncoder(model, device, dtype, preprocess, drop_class_token)
+
+
+def read_preprocess(file, config):
+    """The `Preprocess` in a preprocessor_config.json for the encoder of this config; None if there is no such file.
+
+    Only mean, std and filter are read: pictures are squeezed to a square, never cropped, as in the published code. BadInput
+    if the file is another encoder's.
+    """
+    content = read_json_object(file)
+    if not content:
+        return None
+    size = content.get("size", content.get("image_size", config.image_size))  # the latter in a MiniMind-V folder
+    sides = set(size.values()) if isinstance(size, dict) else {size}
+    if sides != {config.image_size}:
+        raise BadInput(f"{file} resizes to {size}, and config.json says {config.image_size}: download both files again")
+    default = Preprocess() if config.model_type == "clip_vision_model" else SIGLIP_PREPROCESS
+    return Preprocess(
+        config.image_size,
+        content.get("resample", default.resample),
+        tuple(content.get("image_mean", default.mean)),
+        tuple(content.get("image_std", default.std)),
+    )
 
 
 def has_vision(folder):
-    """Whether a folder is a MiniMind-V in transformers format that contains its CLIP."""
+    """Whether a folder is a MiniMind-V in transformers format that contains its encoder."""
     content = read_json_object(Path(folder) / "config.json")
     return content.get("model_type") == LMConfig.model_type and "vision_config" in content
 
 
 def bundled_vision(folder):
-    """The CLIP inside a MiniMind-V folder, as a `CLIPVisionModel`."""
+    """The encoder inside a MiniMind-V folder, as transformers' own class."""
     config = read_json_object(folder / "config.json")["vision_config"]
-    model = CLIPVisionModel(CLIPVisionConfig(**config))
+    model = AutoModel.from_config(AutoConfig.for_model(**config))
     try:
         state = safetensors.torch.load_file(folder / "model.safetensors")
         state = {name.removeprefix(VISION): tensor for name, tensor in state.items() if name.startswith(VISION)}
         model.load_state_dict(state)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        raise BadInput(f"the CLIP in {folder} could not be loaded: {str(error).splitlines()[0]}") from None
+        raise BadInput(f"the encoder in {folder} could not be loaded: {str(error).splitlines()[0]}") from None
     return model

@@ -15,9 +15,12 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
 import torch.nn.functional as F
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutput
 from warm import THERE, run_warm
 from werkzeug.serving import make_server
@@ -154,6 +157,56 @@ def formula_file(path, bias=True, projector=True, dtype=torch.float32, prefix=""
         state |= {f"{prefix}pos_cis": torch.zeros(8, 8), f"{prefix}layers.0.attention.mask": torch.zeros(1, 1, 8, 8)}
     torch.save(state, path)
     return path
+
+
+CHATML = """{%- if messages[0].role != "system" %}{{ "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n" }}{% endif %}
+{%- for m in messages %}{{ "<|im_start|>" + m.role + "\n" + m.content + "<|im_end|>\n" }}{% endfor %}
+{%- if add_generation_prompt %}{{ "<|im_start|>assistant\n" }}{% endif %}"""
+THINKING = """{%- for m in messages %}
+{%- if m.role == "assistant" %}{{ "<|im_start|>assistant\n<think>\n\n</think>\n\n" + m.content + "<|im_end|>\n" }}
+{%- else %}{{ "<|im_start|>" + m.role + "\n" + m.content + "<|im_end|>\n" }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ "<|im_start|>assistant\n<think>\n\n</think>\n\n" }}{% endif %}"""
+OLD_DEFAULT = """{%- if messages[0].role != "system" %}{{ "<s>system\n你是 MiniMind</s>\n" }}{% endif %}
+{%- for m in messages %}{%- if m.role == "user" %}{{ "<s>user\n" + m.content + "</s>\n<s>assistant\n" }}
+{%- elif m.role == "assistant" %}{{ m.content + "</s>\n" }}{% else %}{{ "<s>system\n" + m.content + "</s>\n" }}{% endif %}{% endfor %}"""
+IM = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+GENERATIONS = {  # special tokens and the form of prompts
+    "MiniMind v1": (("<unk>", "<s>", "</s>"), None),
+    "MiniMind2 of 2025-02": (("<unk>", "<s>", "</s>"), OLD_DEFAULT),
+    "MiniMind2 of 2025-04": (IM, CHATML),
+    "MiniMind-3": ((*IM, "<think>", "</think>", "<|image_pad|>"), THINKING),
+}
+
+
+def byte_tokenizer(texts, vocab_size=400, special=("<unk>", "<s>", "</s>"), chat_template=None):
+    """A byte-level BPE with the published special ids, trained on some texts."""
+    tokenizer = Tokenizer(models.BPE(unk_token=special[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    names = dict(zip(("unk_token", "bos_token", "eos_token"), special, strict=False))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template, **names)
+
+
+def generation_tokenizer(generation):
+    """A small tokenizer with the special tokens and the chat template of one of GENERATIONS."""
+    special, template = GENERATIONS[generation]
+    return byte_tokenizer(["a < b << <<<<< >> @ system\nuser\nassistant\n ?"] * 50, 400, special, template)
+
+
+def write_parquet(path, records, images):
+    """Records with one picture each as today's Parquet files have them: turns as JSON text, and the picture's bytes."""
+    columns = {
+        "conversations": [json.dumps(record["conversations"]) for record in records],
+        "image_bytes": [(images / record["image"]).read_bytes() for record in records],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
 
 
 PRETRAIN, SFT, CHAT = "1-pretrain_vlm.py", "2-sft_vlm.py", "3-eval_chat.py"

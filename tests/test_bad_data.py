@@ -14,6 +14,7 @@ from dataset.dataset import VLMDataset, collate
 from dataset.source import Source
 from model.conversation import tokenizer_fields
 from model.errors import BadInput, BadRecord
+from model.images import Preprocess
 from model.LMConfig import LMConfig
 
 RED = (255, 0, 0)
@@ -142,7 +143,7 @@ def load(folder, records, tokenizer, **strictness):
     red("RGB").save(folder / "a.png")
     (folder / "data.json").write_text(json.dumps(records), encoding="utf-8")
     config = LMConfig(**tokenizer_fields(tokenizer))
-    return VLMDataset(folder / "data.json", folder, tokenizer, config, 512, 32, **strictness)
+    return VLMDataset(folder / "data.json", folder, tokenizer, config, 512, Preprocess(32), **strictness)
 
 
 @pytest.mark.parametrize("name", USED)

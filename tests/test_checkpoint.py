@@ -40,7 +40,7 @@ SIZES = {
 class Published:
     """Stands in for minimind_tokenizer, which is not part of the repository: only its size and special ids matter here."""
 
-    bos_token_id, eos_token_id = 1, 2
+    unk_token_id, bos_token_id, eos_token_id = 0, 1, 2
 
     def get_vocab(self):
         return {str(i): i for i in range(6400)}
@@ -205,8 +205,8 @@ def test_a_tokenizer_without_what_pictures_or_turns_need_is_told(tmp_path, token
     content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     content["model"]["vocab"]["~~"] = content["model"]["vocab"].pop(token)
     (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(BadInput, match=f"the tokenizer in {tmp_path} has no tokens < and >, which stand for pictures"):
-        load_tokenizer(tmp_path)
+    with pytest.raises(BadInput, match=f"the tokenizer in {tmp_path} has no token {token}, which stands for pictures"):
+        tokenizer_fields(load_tokenizer(tmp_path))
     shutil.copy(ROOT / "model/demo/tokenizer.json", tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(BadInput, match=f"the tokenizer in {tmp_path} has no <s> or no </s>: copy its tokenizer_config"):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dataset import demo
 from model.errors import BadInput
-from model.images import frame_indices, read_frames, to_pixels
+from model.images import Preprocess, frame_indices, read_frames, to_pixels
 from web_server import create_app
 
 
@@ -23,7 +23,7 @@ def shades(count, size=(64, 48)):
 
 def seen(path, most=8):
     """Which of `shades` the frames read from a file are, by their brightness."""
-    return [round(frame.float().mean().item() / 5) for frame in read_frames(path, 32, most)]
+    return [round(frame.float().mean().item() / 5) for frame in read_frames(path, Preprocess(32), most)]
 
 
 def test_frames_are_spread_evenly_from_the_first_to_the_last():
@@ -39,7 +39,7 @@ def test_frames_of_every_kind_of_video_and_animation(tmp_path, name):
             animated(path, shades(count))
         else:
             video(path, shades(count), "libvpx-vp9" if name == "a.webm" else "libx264")
-        frames = read_frames(path, 32, most)
+        frames = read_frames(path, Preprocess(32), most)
         assert {tuple(frame.shape) for frame in frames} == {(3, 32, 32)}
         assert np.abs(np.array(seen(path, most)) - expected).max() <= 1  # video codecs change shades a little
 
@@ -47,16 +47,16 @@ def test_frames_of_every_kind_of_video_and_animation(tmp_path, name):
 def test_multipage_and_still_files_give_one_picture(tmp_path, pictures):
     tiff = animated(tmp_path / "pages.tiff", shades(5))
     assert seen(tiff) == [0]
-    size = 64
+    preprocess = Preprocess(64)
     with Image.open(pictures[0]) as image:
-        assert (read_frames(pictures[0], size, 8)[0] == to_pixels(image, size)).all()
-        assert len(read_frames(pictures[0], size, 8)) == 1
+        assert (read_frames(pictures[0], preprocess, 8)[0] == to_pixels(image, preprocess)).all()
+        assert len(read_frames(pictures[0], preprocess, 8)) == 1
 
 
 def test_a_video_held_upright_is_seen_upright(tmp_path):
     picture = Image.new("RGB", (64, 48))
     picture.paste((255, 0, 0), (0, 0, 32, 48))  # the left half is red
-    frame = read_frames(video(tmp_path / "a.mp4", [picture] * 3, "libx264", rotation=90), 32, 1)[0]
+    frame = read_frames(video(tmp_path / "a.mp4", [picture] * 3, "libx264", rotation=90), Preprocess(32), 1)[0]
     assert (
         frame[0, 24:].float().mean() > 200 and frame[0, :8].float().mean() < 60
     )  # rotated to the left: now the lower half is red
@@ -70,10 +70,10 @@ def test_unreadable_videos_are_reported(tmp_path, monkeypatch):
         (tmp_path / "nowhere.webm", "nowhere.webm could not be read as a picture .No such file"),
     ):
         with pytest.raises(BadInput, match=says):
-            read_frames(path, 32, 8)
+            read_frames(path, Preprocess(32), 8)
     monkeypatch.setitem(sys.modules, "av", None)  # as if it were not installed
     with pytest.raises(BadInput, match="to read videos, PyAV is needed: pip install av"):
-        read_frames(tmp_path / "a.mp4", 32, 8)
+        read_frames(tmp_path / "a.mp4", Preprocess(32), 8)
 
 
 def test_an_answer_about_an_animation_equals_one_about_its_frames(chat, pictures, tmp_path):

@@ -13,6 +13,7 @@ from dataset.dataset import VLMDataset
 from model.checkpoint import read_metadata
 from model.conversation import tokenizer_fields
 from model.errors import BadInput, run_script
+from model.images import Preprocess
 from model.LMConfig import LMConfig
 
 
@@ -102,7 +103,7 @@ def test_several_pictures_in_one_question(place):
 
 def test_what_is_written_is_what_training_reads(place, tokenizer):
     converted("my.csv", 'image,caption\na.png,red\n"a.png, b.jpg",both red\n')
-    data = VLMDataset("my.json", "photos", tokenizer, LMConfig(**tokenizer_fields(tokenizer)), 512, 32)
+    data = VLMDataset("my.json", "photos", tokenizer, LMConfig(**tokenizer_fields(tokenizer)), 512, Preprocess(32))
     assert len(data) == 2 and [len(data[i]["pixel_values"]) for i in range(2)] == [1, 2]
     labels = data[0]["labels"]
     assert tokenizer.decode(labels[labels >= 0]) == "red</s>"

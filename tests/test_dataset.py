@@ -5,11 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import golden
+from helpers import GENERATIONS, byte_tokenizer, generation_tokenizer, golden
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast
 
 from dataset import demo
 from dataset.batches import LengthBatches, TokenBatches
@@ -17,24 +15,9 @@ from dataset.dataset import VLMDataset, collate, round_up
 from dataset.records import parse_record
 from model.conversation import PUBLISHED_TEMPLATE, encode, encode_conversations, tokenizer_fields
 from model.errors import BadInput
+from model.images import Preprocess
 from model.LMConfig import LMConfig
 from model.model_vlm import MiniMindVLM
-
-
-def byte_tokenizer(texts, vocab_size=400, special=("<unk>", "<s>", "</s>"), chat_template=None):
-    """A byte-level BPE with the published special ids, trained on some texts."""
-    tokenizer = Tokenizer(models.BPE(unk_token=special[0]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(special),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    names = dict(zip(("unk_token", "bos_token", "eos_token"), special, strict=False))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template, **names)
 
 
 def greedy_tokenizer():
@@ -94,30 +77,10 @@ def test_chat_template_gives_the_same_prompt(tokenizer):
     assert tokenizer.apply_chat_template(messages, tokenize=False) == tokenizer.decode(ids)
 
 
-CHATML = """{%- if messages[0].role != "system" %}{{ "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n" }}{% endif %}
-{%- for m in messages %}{{ "<|im_start|>" + m.role + "\n" + m.content + "<|im_end|>\n" }}{% endfor %}
-{%- if add_generation_prompt %}{{ "<|im_start|>assistant\n" }}{% endif %}"""
-THINKING = """{%- for m in messages %}
-{%- if m.role == "assistant" %}{{ "<|im_start|>assistant\n<think>\n\n</think>\n\n" + m.content + "<|im_end|>\n" }}
-{%- else %}{{ "<|im_start|>" + m.role + "\n" + m.content + "<|im_end|>\n" }}{% endif %}{% endfor %}
-{%- if add_generation_prompt %}{{ "<|im_start|>assistant\n<think>\n\n</think>\n\n" }}{% endif %}"""
-OLD_DEFAULT = """{%- if messages[0].role != "system" %}{{ "<s>system\n你是 MiniMind</s>\n" }}{% endif %}
-{%- for m in messages %}{%- if m.role == "user" %}{{ "<s>user\n" + m.content + "</s>\n<s>assistant\n" }}
-{%- elif m.role == "assistant" %}{{ m.content + "</s>\n" }}{% else %}{{ "<s>system\n" + m.content + "</s>\n" }}{% endif %}{% endfor %}"""
-IM = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-GENERATIONS = {  # special tokens and the form of prompts
-    "v1": (("<unk>", "<s>", "</s>"), None),
-    "MiniMind2 of 2025-02": (("<unk>", "<s>", "</s>"), OLD_DEFAULT),
-    "MiniMind2 of 2025-04": (IM, CHATML),
-    "MiniMind-3": ((*IM, "<think>", "</think>"), THINKING),
-}
-
-
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_prompts_are_what_the_chat_template_renders(generation):
     """Ids and labels, with and without a system turn and pictures, for one turn and two, answered and not."""
-    special, template = GENERATIONS[generation]
-    tokenizer = byte_tokenizer(["a < b << <<<<< >> system\nuser\nassistant\n ?"] * 50, 400, special, template)
+    tokenizer = generation_tokenizer(generation)
     config = config_for(tokenizer)
     for turns in (
         [("user", "What?")],
@@ -184,7 +147,7 @@ def record(text, answer="红色", image="a.png"):
 
 
 def load(path, tokenizer, max_seq_len=512, **strictness):
-    return VLMDataset(path, path.parent, tokenizer, config_for(tokenizer), max_seq_len, image_size=32, **strictness)
+    return VLMDataset(path, path.parent, tokenizer, config_for(tokenizer), max_seq_len, Preprocess(32), **strictness)
 
 
 def test_formats_share_a_batch(tmp_path, tokenizer):
@@ -304,7 +267,7 @@ def test_demo_world_is_read_by_the_ordinary_dataset(world, tokenizer):
         ("score_multi", 2),
         ("score_clips", 4),
     ):
-        dataset = VLMDataset(world / f"{name}.json", world / "images", tokenizer, config, 512, image_size=224)
+        dataset = VLMDataset(world / f"{name}.json", world / "images", tokenizer, config, 512, Preprocess())
         batch = collate([dataset[i] for i in range(4)])
         assert batch["pixel_values"].shape == (4 * images, 3, 224, 224)
         assert dataset.problems.count == 0
@@ -312,7 +275,7 @@ def test_demo_world_is_read_by_the_ordinary_dataset(world, tokenizer):
 
 def test_workers_that_are_spawned_read_the_same(world, tokenizer):
     """As on Windows and macOS, where a worker starts from nothing and is sent the dataset."""
-    dataset = VLMDataset(world / "sft.json", world / "images", tokenizer, config_for(tokenizer), 512, image_size=32)
+    dataset = VLMDataset(world / "sft.json", world / "images", tokenizer, config_for(tokenizer), 512, Preprocess(32))
     spawned = DataLoader(dataset, 4, collate_fn=collate, num_workers=1, multiprocessing_context="spawn")
     for batch, own in zip(spawned, DataLoader(dataset, 4, collate_fn=collate), strict=True):
         assert all(torch.equal(batch[name], own[name]) for name in ("input_ids", "labels", "pixel_values"))
@@ -353,7 +316,7 @@ def test_demo_answers_are_true():
 
 def test_batches_of_few_shapes_have_the_same_loss_and_gradient(world, tokenizer):
     config = LMConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, vision_width=12, **tokenizer_fields(tokenizer))
-    dataset = VLMDataset(world / "sft.json", world / "images", tokenizer, config, 512, 32)
+    dataset = VLMDataset(world / "sft.json", world / "images", tokenizer, config, 512, Preprocess(32))
     torch.manual_seed(0)
     model = MiniMindVLM(config).train()
     found = []

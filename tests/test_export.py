@@ -67,7 +67,7 @@ def test_the_exported_model_batches_and_takes_pixels_or_features(export, chat, p
     inputs = processor(images=opened[:1], text="颜色？")
     ids = encode_conversations(chat.tokenizer, [as_conversation("颜色？", 1, chat.config)], chat.config)[0][0]
     assert inputs["input_ids"].tolist() == [ids.tolist()]
-    features = chat.encoder(torch.stack([read_pixels(pictures[0], chat.encoder.image_size)]))
+    features = chat.encoder(torch.stack([read_pixels(pictures[0], chat.encoder.preprocess)]))
     with torch.no_grad():
         by_pixels = model(**inputs).logits
         by_features = model(inputs["input_ids"], image_features=features).logits

@@ -22,6 +22,7 @@ from dataset.pictures import PictureArchive
 from dataset.source import Source
 from model.conversation import tokenizer_fields
 from model.errors import BadInput, BadRecord
+from model.images import Preprocess
 from model.LMConfig import LMConfig
 
 SOME = {"strict": False, "max_fraction": 1.0, "notify": lambda message: None}
@@ -224,7 +225,7 @@ FORMS = [
 
 def load(data, images, tokenizer, out_dir, **strictness):
     config = LMConfig(**tokenizer_fields(tokenizer))
-    return VLMDataset(data, images, tokenizer, config, 512, 32, out_dir, **strictness)
+    return VLMDataset(data, images, tokenizer, config, 512, Preprocess(32), out_dir, **strictness)
 
 
 def items(dataset):
@@ -401,7 +402,9 @@ def test_what_was_read_is_kept_until_something_changes(records, world, tokenizer
 
     def read(max_seq_len=512):
         config = LMConfig(**tokenizer_fields(tokenizer))
-        found = VLMDataset(data, world / "images", tokenizer, config, max_seq_len, 32, tmp_path / "out", **strictness)
+        found = VLMDataset(
+            data, world / "images", tokenizer, config, max_seq_len, Preprocess(32), tmp_path / "out", **strictness
+        )
         return found, len(times)
 
     first, _ = read()
@@ -622,7 +625,7 @@ def test_names_are_found_wherever_the_pictures_lie(tmp_path):
         source = Source(save_json(tmp_path / "data.json", []), pictures)
         source.compare_names(["d.png"])
         for name in names:
-            assert source.read_pixels(name, 32).shape == (3, 32, 32)
+            assert source.read_pixels(name, Preprocess(32)).shape == (3, 32, 32)
         for name in not_found:
             with pytest.raises(BadRecord):
-                source.read_pixels(name, 32)
+                source.read_pixels(name, Preprocess(32))

@@ -11,10 +11,18 @@ import time
 import urllib.request
 from pathlib import Path
 
-import pyarrow.parquet
 import pytest
-from helpers import ROOT, heed_interrupts
-from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM
+import torch
+from helpers import ROOT, heed_interrupts, write_parquet
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from dataset import demo
 from model.checkpoint import load_tokenizer, save_weights
@@ -44,6 +52,8 @@ TINY_WORLD = (
 # what people put there or programs make
 MADE = (
     "MiniMind2",
+    "minimind-3",
+    "model/siglip2-base",
     "out/",
     "dataset/pretrain_",
     "dataset/sft_",
@@ -101,18 +111,33 @@ def clone(tmp_path_factory):
 
 
 def save_todays_parts(place, tokenizer):
-    """MiniMind2-Small's folder, with fewer layers, and Parquet with the pictures inside."""
+    """What paths A and B download, with fewer layers: Parquet with the pictures inside, MiniMind2-Small's folder, ..."""
     sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 2}
     config = LlamaConfig(**sizes, num_hidden_layers=1, vocab_size=len(tokenizer), rms_norm_eps=1e-5)
     LlamaForCausalLM(config).save_pretrained(place / "MiniMind2-Small")
     tokenizer.save_pretrained(place / "MiniMind2-Small")
     records = json.loads((place / "dataset" / "pretrain_vlm_data.json").read_text())
-    columns = {
-        "conversations": [json.dumps(record["conversations"]) for record in records],
-        "image_bytes": [(place / "dataset" / "pretrain_images" / record["image"]).read_bytes() for record in records],
-    }
     for name in ("pretrain", "sft"):
-        pyarrow.parquet.write_table(pyarrow.table(columns), place / "dataset" / f"{name}_i2t.parquet")
+        write_parquet(place / "dataset" / f"{name}_i2t.parquet", records, place / "dataset" / "pretrain_images")
+
+    # MiniMind-3 and a SigLIP2, with one layer each, and a VLM of both as it was published
+    sizes |= {"hidden_size": 768, "num_key_value_heads": 4, "head_dim": 96, "tie_word_embeddings": True}
+    config = Qwen3Config(**sizes, num_hidden_layers=1, vocab_size=len(tokenizer), rope_theta=1e6)
+    llm = Qwen3ForCausalLM(config)
+    llm.save_pretrained(place / "minimind-3")
+    tokenizer.save_pretrained(place / "minimind-3")
+    vision = SiglipVisionConfig(image_size=256, patch_size=32, num_hidden_layers=1)
+    SiglipVisionModel(vision).save_pretrained(place / "model" / "siglip2-base-p32-256-ve")
+    tokenizer.add_tokens(["<|image_pad|>"], special_tokens=True)
+    config.vocab_size = len(tokenizer)
+    llm.resize_token_embeddings(len(tokenizer))
+    shapes = {"0.weight": (768,), "0.bias": (768,), "1.weight": (768, 768), "1.bias": (768,), "3.weight": (768, 768)}
+    state = {f"vision_proj.mlp.{name}": torch.randn(shape) for name, shape in {**shapes, "3.bias": (768,)}.items()}
+    (place / "minimind-3v").mkdir()
+    torch.save({**llm.state_dict(), **state}, place / "minimind-3v" / "pytorch_model.bin")
+    tokenizer.save_pretrained(place / "minimind-3v")
+    published = {"model_type": "minimind-v", "image_special_token": "<|image_pad|>", "image_token_len": 64}
+    (place / "minimind-3v" / "config.json").write_text(json.dumps({**config.to_dict(), **published}))
 
 
 def environment(place):
@@ -214,7 +239,10 @@ def test_every_command_runs_in_order(clone, server):
                     printed[command] = run(clone, TINY_WORLD if command == "python -m dataset.demo" else command)
     table = printed["python 3-eval_chat.py --demo --all"]
     assert {*demo.QUESTIONS, "side", "all"} <= set(re.findall(r"^(\w+) +\d+ +[\d.]+% +[\d.]+%$", table, re.MULTILINE))
-    assert "ready: 3-eval_chat.py" in printed["python -m model.doctor"]
+    ready = "ready: python 3-eval_chat.py"
+    for flags in ("--tokenizer_path MiniMind2-Small", "--dim 768 --tokenizer_path minimind-3"):
+        assert f"{ready} {flags}" in printed["python -m model.doctor"]
+    assert ready in printed["python -m model.doctor --parts v1"]
     for made in ("curves.png", "out/512_vlm_sft_multi.pth", "out/back/512_vlm_sft.pth", "wandb"):
         assert (clone / made).exists()
 
@@ -273,6 +301,11 @@ REPOSITORIES = (  # on Hugging Face
     "jingyaogong/minimind-v_dataset",
     "jingyaogong/MiniMind2-Small",
     "jingyaogong/MiniMind2",
+    "jingyaogong/minimind-3",
+    "jingyaogong/minimind-3v",
+    "jingyaogong/siglip2-base-p32-256-ve",
+    "openai/clip-vit-base-patch16",
+    "gongjy/minimind-v_dataset",
 )
 FOREIGN = {
     "--help",

@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 
 from model.errors import BadInput
 from model.files import find_weights
-from model.images import normalise, read_pixels, to_pixels, to_rgb
+from model.images import Preprocess, normalise, read_pixels, to_pixels, to_rgb
 from model.training.feature_cache import FeatureCache, cache_key
 from model.vision_utils import VisionEncoder, load_vision
 
@@ -25,7 +25,7 @@ def gradient(width=300, height=200):
 
 def test_preprocessing_agrees_with_published(tiny_clip):
     facts = golden("preprocess")
-    pixels = normalise(to_pixels(gradient(), 224)[None])[0]
+    pixels = normalise(to_pixels(gradient(), Preprocess())[None], *Preprocess().statistics())[0]
     assert list(pixels.shape) == facts["shape"]
     for index, value in facts["samples"].items():
         assert pixels[tuple(map(int, index.split(",")))].item() == pytest.approx(value, abs=1e-4), index
@@ -67,18 +67,20 @@ def test_a_large_jpeg_is_read_at_a_smaller_scale_and_looks_the_same(tmp_path):
     whole = Image.effect_mandelbrot((1600, 1200), (-2, -1.2, 1, 1.2), 100).convert("RGB")
     whole.save(tmp_path / "large.jpg", quality=95)
     with Image.open(tmp_path / "large.jpg") as image:
-        pixels = to_pixels(image, 224)
+        pixels = to_pixels(image, Preprocess())
         assert image.size == (800, 600)  # half of it was decoded
-    assert (pixels.float() - to_pixels(whole, 224).float()).abs().mean() < 1
+    assert (pixels.float() - to_pixels(whole, Preprocess()).float()).abs().mean() < 1
 
 
 def test_features_are_the_encoder_output_before_pooling(tiny_clip):
     encoder = load_vision(tiny_clip)
-    assert (encoder.image_size, encoder.image_tokens, encoder.vision_width) == (64, 5, 48)
+    assert (encoder.preprocess.size, encoder.image_tokens, encoder.vision_width) == (64, 5, 48)
     pixels = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     features = encoder(pixels)
     assert features.shape == (3, 5, 48) and not features.requires_grad
-    expected = CLIPVisionModel.from_pretrained(tiny_clip).eval()(normalise(pixels), output_hidden_states=True)
+    expected = CLIPVisionModel.from_pretrained(tiny_clip).eval()(
+        normalise(pixels, *Preprocess().statistics()), output_hidden_states=True
+    )
     torch.testing.assert_close(features, expected.hidden_states[-1])
     torch.testing.assert_close(torch.cat([encoder(one[None]) for one in pixels]), features, atol=1e-5, rtol=1e-5)
     assert not any(p.requires_grad for p in encoder.model.parameters())
@@ -88,7 +90,7 @@ def test_a_cache_opens_its_file_in_every_worker(tiny_clip, pictures, tmp_path):
     """What a spawned process is sent holds no features: on the real data they are 45 GB."""
     encoder = load_vision(tiny_clip)
     cache = FeatureCache(tmp_path, "key")
-    pixels = torch.stack([read_pixels(path, encoder.image_size) for path in pictures[:3]])
+    pixels = torch.stack([read_pixels(path, encoder.preprocess) for path in pictures[:3]])
     cache.build(encoder, 3, [(pixels, [None] * 3)], lambda count: None)
     assert cache.open()
     sent = pickle.dumps(cache)
@@ -113,7 +115,7 @@ def test_loads_only_the_vision_half_and_quietly(tmp_path, capfd):
     assert len("".join(capfd.readouterr())) < 200
     assert not [name for name, _ in encoder.model.named_parameters() if "text" in name]
     pixels = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
-    own = clip.eval().vision_model(normalise(pixels)).last_hidden_state
+    own = clip.eval().vision_model(normalise(pixels, *Preprocess().statistics())).last_hidden_state
     torch.testing.assert_close(encoder(pixels), own)
 
 
@@ -139,7 +141,7 @@ def test_what_is_not_a_whole_clip_is_refused(tiny_clip):
     notes.write_text(json.dumps({**config, "hidden_size": 96}))
     refused(r"don't match \(.*class_embedding is \(48,\), config.json says \(96,\)\): download both")
     notes.write_text(json.dumps({**config, "model_type": "bert"}))
-    refused(r"is not a CLIP \(model_type bert\): name a CLIP's folder with --vision_path")
+    refused(r"is neither a CLIP nor a SigLIP of fixed size \(model_type bert\): name the folder of one")
     notes.write_text(json.dumps(config)[:50])
     refused("config.json is truncated, or not a JSON object")
 
@@ -160,7 +162,7 @@ def test_a_clip_in_several_files(tiny_clip):
     with pytest.raises(BadInput, match=f"{first} is a Git LFS pointer"):
         load_vision(tiny_clip)
     first.unlink()
-    with pytest.raises(BadInput, match=f"the CLIP in {tiny_clip} could not be loaded: .*{first.name}"):
+    with pytest.raises(BadInput, match=f"the encoder in {tiny_clip} could not be loaded: .*{first.name}"):
         load_vision(tiny_clip)
 
 
@@ -168,7 +170,7 @@ def test_unreadable_picture_is_named(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     for name in ("broken.jpg", "missing.jpg"):
         with pytest.raises(BadInput, match=name):
-            read_pixels(tmp_path / name, 64)
+            read_pixels(tmp_path / name, Preprocess(64))
 
 
 def test_feature_cache_is_rebuilt_when_stale_or_half_written(tmp_path, tiny_clip):
@@ -176,7 +178,7 @@ def test_feature_cache_is_rebuilt_when_stale_or_half_written(tmp_path, tiny_clip
     paths = [tmp_path / f"{i}.png" for i in range(3)]
     for i, path in enumerate(paths):
         gradient(64 + i, 64).save(path)
-    pixels = torch.stack([read_pixels(path, 64) for path in paths])
+    pixels = torch.stack([read_pixels(path, Preprocess(64)) for path in paths])
     folder = tmp_path / "features"
 
     cache = FeatureCache(folder, cache_key(tiny_clip, paths))
@@ -200,7 +202,7 @@ def test_half_written_file_is_not_taken_for_whole(tmp_path, tiny_clip):
     gradient().save(tmp_path / "a.png")
 
     def interrupted():
-        yield read_pixels(tmp_path / "a.png", 64)[None], [None]
+        yield read_pixels(tmp_path / "a.png", Preprocess(64))[None], [None]
         raise KeyboardInterrupt
 
     cache = FeatureCache(tmp_path / "features", cache_key(tiny_clip, [tmp_path / "a.png"] * 2))

@@ -236,7 +236,7 @@ def read_medium(chat, part_type, url, number):
 
 def decode_frames(chat, part_type, file, mime_type):
     """An open file -> its frames, uint8 (3, S, S): up to `chat.max_frames` for a "video_url", otherwise the first."""
-    size = chat.encoder.image_size
+    preprocess = chat.encoder.preprocess
     as_video = part_type == "video_url"
     max_frames = chat.max_frames if as_video else 1
 
@@ -244,7 +244,7 @@ def decode_frames(chat, part_type, file, mime_type):
     format = VIDEO_TYPES.get(mime_type)
     if format:
         require(as_video, "a video should be sent as video_url, not as image_url")
-        return video_frames(file, format, size, max_frames, MAX_VIDEO_PIXELS)
+        return video_frames(file, format, preprocess, max_frames, MAX_VIDEO_PIXELS)
 
     # anything else has to be a picture or an animation; check its size before Pillow unpacks a single pixel
     with Image.open(file, formats=IMAGE_FORMATS) as image:
@@ -252,4 +252,4 @@ def decode_frames(chat, part_type, file, mime_type):
         require(pixels <= MAX_PIXELS, f"it has {pixels / MB:.0f} megapixels, over the limit of {MAX_PIXELS // MB}")
         count = getattr(image, "n_frames", 1) if as_video else 1
         require(count * pixels <= MAX_VIDEO_PIXELS, f"it has {count} frames, too many of this size: shorten it")
-        return picture_frames(image, size, max_frames)
+        return picture_frames(image, preprocess, max_frames)

@@ -25,12 +25,13 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from dataset import demo
 from model.conversation import encode
-from model.images import normalise, to_pixels
+from model.images import Preprocess, normalise, to_pixels
 from model.vision_utils import VisionEncoder
 
 FOLDER = Path(__file__).parent
 WIDTH, LAYERS = 128, 4
 WORDS = [list(demo.PLACES), list(demo.SIZES), list(demo.COLOURS), demo.SHAPES]  # in the order of a Thing's fields
+PREPROCESS = Preprocess(demo.PICTURE)
 
 
 def new_clip(vocab_size):
@@ -157,7 +158,7 @@ def features_of(encoder, rng, split, count):
     vectors, things = [], []
     for begin in range(0, count, 100):
         part = scenes[begin : begin + 100]
-        features = encoder(torch.stack([to_pixels(demo.draw(scene, rng), demo.PICTURE) for scene in part]))
+        features = encoder(torch.stack([to_pixels(demo.draw(scene, rng), PREPROCESS) for scene in part]))
         for row, scene in enumerate(part):
             vectors += [features[row, patch_of(thing)] for thing in scene]
             things += scene
@@ -206,7 +207,8 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * min(1, (step + 1) / 200) * (1 - progress)
         scenes = batch_of_scenes(rng, args.batch_size)
-        pixels = normalise(torch.stack([to_pixels(demo.draw(s, rng), demo.PICTURE) for s in scenes]))
+        pixels = torch.stack([to_pixels(demo.draw(s, rng), PREPROCESS) for s in scenes])
+        pixels = normalise(pixels, *PREPROCESS.statistics())
         with torch.autocast("cpu", torch.bfloat16):
             picture_loss, word_loss = step_loss(clip, tokenizer, scenes, pixels)
         (picture_loss + word_loss).backward()

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import sys
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +124,10 @@ class FeatureCache:
 def open_cache(dataset, encoder, processes, *, folder, vision_path, num_workers):
     """The FeatureCache of a VLMDataset's pictures, in `folder`. The main process builds what is missing of it."""
     # hashing looks at every picture's file, so only one process does it
-    key = cache_key(vision_path, dataset.fingerprints()) if processes.is_main else None
+    key = None
+    if processes.is_main:
+        differs = ["without class token"] if encoder.first else []
+        key = cache_key(vision_path, chain(differs, dataset.fingerprints()))
     cache = FeatureCache(folder, processes.broadcast(key))
 
     if processes.is_main and not cache.open():

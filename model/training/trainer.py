@@ -28,7 +28,7 @@ from dataset.batches import LengthBatches, SortedBatches, TokenBatches
 from dataset.dataset import VLMDataset, collate
 from dataset.records import chunked
 from model.arguments import model_sizes, pick_dtype
-from model.checkpoint import config_of, load_parts, save_weights
+from model.checkpoint import KNOWN_TOKENIZERS, config_of, load_parts, save_weights, tokenizer_hash
 from model.errors import BadInput
 from model.model import can_use_grouped_mm
 from model.stages import STAGES, weights_path
@@ -65,8 +65,8 @@ def prepare(args, weights, allow_missing_projector, resume_state, processes):
         allow_missing_projector=allow_missing_projector,
         seed=args.seed,
     )
-    if processes.is_main and parts.summary:
-        print(parts.summary, flush=True)
+    if processes.is_main:
+        print(describe(args, parts), flush=True)
 
     # token ids and answer flags of all records; pictures are read later, batch by batch. One process of each machine
     # reads the files, and the others what it has kept in out_dir
@@ -80,7 +80,7 @@ def prepare(args, weights, allow_missing_projector, resume_state, processes):
             parts.tokenizer,
             parts.model.config,
             args.max_seq_len,
-            parts.encoder.image_size,
+            parts.encoder.preprocess,
             args.out_dir,
             strict=args.strict,
             max_fraction=args.max_bad_fraction,
@@ -92,6 +92,21 @@ def prepare(args, weights, allow_missing_projector, resume_state, processes):
     if processes.is_local_main:
         processes.barrier()
     return parts._replace(model=parts.model.to(args.device)), *datasets
+
+
+def describe(args, parts):
+    """What is trained, on what, in lines for people."""
+    config, encoder = parts.model.config, parts.encoder
+    name = KNOWN_TOKENIZERS.get(tokenizer_hash(parts.tokenizer))
+    lines = [
+        parts.summary or "random weights",
+        f"device: {args.device}, {str(pick_dtype(args.dtype, args.device)).removeprefix('torch.')}",
+        f"model: {config.dim}+{config.n_layers}, {parts.model.num_parameters():,} parameters"
+        + (", of which the projector is trained" if args.freeze_llm else ""),
+        f"encoder: {args.vision_path}, frozen; {encoder.image_tokens} tokens for a picture of {encoder.preprocess.size} pixels",
+        f"tokenizer: {args.tokenizer_path}, {len(parts.tokenizer):,} tokens" + (f", {name}'s" if name else ""),
+    ]
+    return "\n".join(lines)
 
 
 def compile_layers(model, device):
@@ -332,6 +347,7 @@ class Run:
         is_main = self.processes.is_main
         log = None
         if is_main:
+            print(f"steps: {self.total_steps}, in {self.args.epochs} epochs", flush=True)
             log = Log(self.args, self.weights_file.stem, self.step, self.total_steps, self.wandb_id)
             self.wandb_id = log.wandb_id
         stop = Stop(quiet=not is_main)

@@ -26,7 +26,7 @@ from dataset.dataset import VLMDataset, collate
 from dataset.records import parse_record
 from model.checkpoint import load_tokenizer
 from model.conversation import encode_conversations, tokenizer_fields
-from model.images import read_pixels
+from model.images import Preprocess, read_pixels
 from model.LMConfig import LMConfig
 
 SIZES = [(128, 128), (640, 480), (1600, 1200), (4032, 3024)]
@@ -67,7 +67,9 @@ def main():
         photo = Image.effect_mandelbrot(SIZES[-1], (-2, -1.2, 1, 1.2), 100).convert("RGB")
         for size in SIZES:
             photo.resize(size).save(path, quality=90)
-            pictures["x".join(map(str, size))] = round(a_second(lambda: read_pixels(path, 224), args.seconds), 1)
+            pictures["x".join(map(str, size))] = round(
+                a_second(lambda: read_pixels(path, Preprocess()), args.seconds), 1
+            )
         tokenizer = load_tokenizer(folder / "tokenizer")
         config = LMConfig(**tokenizer_fields(tokenizer))
         records = json.loads((folder / "data.json").read_text())
@@ -77,7 +79,7 @@ def main():
             encode_conversations(tokenizer, turns, config)
 
         rate = a_second(tokenise, args.seconds) * len(records)
-        dataset = VLMDataset(folder / "data.json", folder / "images", tokenizer, config, 512, 224)
+        dataset = VLMDataset(folder / "data.json", folder / "images", tokenizer, config, 512, Preprocess())
         in_workers = {workers: 16 * batches_a_second(dataset, workers, args.seconds) for workers in args.workers}
     result = {
         "cores": os.cpu_count(),

@@ -33,6 +33,7 @@ from dataset.dataset import VLMDataset, collate
 from dataset.records import make_record
 from model.checkpoint import load_tokenizer
 from model.conversation import tokenizer_fields
+from model.images import Preprocess
 from model.LMConfig import LMConfig
 
 
@@ -107,7 +108,7 @@ def measure(form, data_path, images_path, tokenizer_path, workers, start_method)
     tokenizer, base = load_tokenizer(tokenizer_path), own_memory("self")
     begun = time.time()
     config = LMConfig(**tokenizer_fields(tokenizer))
-    dataset = VLMDataset(data_path, images_path, tokenizer, config, 512, 224, data_path.parent / "out")
+    dataset = VLMDataset(data_path, images_path, tokenizer, config, 512, Preprocess(), data_path.parent / "out")
     read = time.time() - begun
     batches = LengthBatches(np.arange(len(dataset)), dataset.lengths, 16, 16)
     loader = DataLoader(

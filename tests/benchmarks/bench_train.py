@@ -122,7 +122,9 @@ def original(args, model, encoder, dataset, batches):
             item = dataset[number]
             input_ids[row, : len(item["input_ids"])] = torch.from_numpy(item["input_ids"])
             labels[row, : len(item["labels"])] = torch.from_numpy(item["labels"])
-            pictures.append(normalise(dataset.read_pixels(dataset.image_rows[number][0])[None]))
+            pictures.append(
+                normalise(dataset.read_pixels(dataset.image_rows[number][0])[None], *encoder.preprocess.statistics())
+            )
         input_ids, labels = input_ids.to(device), labels.to(device)
         features = []
         with torch.no_grad():

@@ -46,13 +46,13 @@ def patches(scene, thing, seed):
 
 
 def ask(chat, picture, question):
-    answer = chat.stream(question, [to_pixels(picture, chat.encoder.image_size)], temperature=0)
+    answer = chat.stream(question, [to_pixels(picture, chat.encoder.preprocess)], temperature=0)
     return "".join(answer), answer.token_ids
 
 
 def look(chat, picture, question, token_ids):
     """The first layer's attention (49,) on the patches as it wrote the last token, as shares of 1."""
-    pixels = [to_pixels(picture, chat.encoder.image_size)]
+    pixels = [to_pixels(picture, chat.encoder.preprocess)]
     turns = [("user", f"{chat.config.image_special_token}\n{question}")]
     first = chat.attention(turns, pixels, token_ids)[0, -1, 0, 1:].numpy()  # without the class token
     return first / first.sum()

@@ -102,7 +102,7 @@ class Bench:
         file = self.folder / f"{stage}.json"
         make_records(file, self.tokenizer, stage, self.names)
         places = file, self.folder / "images"
-        dataset = VLMDataset(*places, self.tokenizer, self.config(encoder), 512, encoder.image_size, strict=True)
+        dataset = VLMDataset(*places, self.tokenizer, self.config(encoder), 512, encoder.preprocess, strict=True)
         for column in (dataset.ids, dataset.is_answer, dataset.image_rows):
             lengths = column.offsets.diff().repeat(repeat)
             column.values, column.offsets = column.values.repeat(repeat), F.pad(lengths.cumsum(0), (1, 0))
@@ -361,7 +361,7 @@ def decoding(bench):
             figures = {"tokens_per_s": round(rate, 1), "first_token_ms": first}
             bench.row("decoding", model=size, dtype=dtype, manner=manner, **figures)
 
-        side = chat.encoder.image_size
+        side = chat.encoder.preprocess.size
         pixels = torch.randint(0, 256, (3, side, side), dtype=torch.uint8)
         features, input_ids = (
             chat.encode_images([pixels]),
@@ -392,7 +392,7 @@ def memory(bench):
     for size, sizes in bench.sizes.items():
         bench.tidy()
         chat = bench.chat("float32" if bench.smoke else "bfloat16", **sizes)
-        side = chat.encoder.image_size
+        side = chat.encoder.preprocess.size
         loaded = 0 if bench.smoke else torch.cuda.memory_allocated()
         blank = torch.zeros(3, side, side, dtype=torch.uint8)
         for _ in range(2):
