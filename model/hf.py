@@ -44,12 +44,11 @@ class MiniMindVForConditionalGeneration(MiniMindVLM):
             input_ids, image_features, attention_mask=attention_mask, logits_to_keep=logits_to_keep, **kwargs
         )
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, pixel_values=None, **kwargs):
-        """Pixels are passed with the prompt only; later steps find the pictures in the cache."""
-        inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
-        if past_key_values is None or past_key_values.get_seq_length() == 0:
-            inputs["pixel_values"] = pixel_values
-        return inputs
+    def _expand_inputs_for_generation(self, expand_size=1, pixel_values=None, image_features=None, **kwargs):
+        """`generate` calls this once: pictures run through CLIP here, however many answers or beams a question has."""
+        if pixel_values is not None:
+            image_features = self.encode_images(pixel_values)
+        return super()._expand_inputs_for_generation(expand_size, image_features=image_features, **kwargs)
 
 
 class MiniMindVProcessor(ProcessorMixin):

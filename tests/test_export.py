@@ -74,6 +74,41 @@ def test_the_exported_model_batches_and_takes_pixels_or_features(export, chat, p
     torch.testing.assert_close(by_pixels, by_features, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("several", [{"num_return_sequences": 3, "do_sample": True}, {"num_beams": 3}])
+def test_every_answer_and_beam_sees_all_pictures_of_its_own_question(export, chat, pictures, several):
+    folder = export("--with_vision")
+    model = MiniMindVForConditionalGeneration.from_pretrained(folder).eval()
+    opened = [Image.open(path) for path in pictures[:6]]
+    texts = ["<image>和<image>有什么不同？", "没有图片", "<image>颜色？", "<image>、<image>和<image>？"]
+    inputs = MiniMindVProcessor.from_pretrained(folder)(images=opened, text=texts)
+    features = chat.encode_images(pictures[:6])
+    own = [features[0:2], features[2:2], features[2:3], features[3:6]]
+
+    # its score, as `generate` computed it, is that of the answer to its own question about its own pictures
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "output_logits": True, "return_dict_in_generate": True}
+    for looking, seen in (
+        (model, {"pixel_values": inputs["pixel_values"]}),
+        (chat.model, {"image_features": features}),
+    ):
+        text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        output = looking.generate(**text, **seen, **settings, **{"num_return_sequences": 3, **several})
+        assert len(output.sequences) == 12
+        transitions = looking.compute_transition_scores(
+            output.sequences, output.logits, getattr(output, "beam_indices", None), normalize_logits=True
+        )
+        for row, ids in enumerate(output.sequences):
+            question = text["input_ids"][row // 3][text["attention_mask"][row // 3] == 1]
+            whole = torch.cat([question, ids[-6:]])[None]
+            with torch.no_grad():
+                logits = chat.model(whole, own[row // 3] if len(own[row // 3]) else None).logits[0, -7:-1]
+            scores = logits.log_softmax(dim=-1).gather(1, ids[-6:, None])[:, 0]
+            torch.testing.assert_close(transitions[row], scores, atol=1e-3, rtol=0)
+
+    # a picture too few is named by its number, not by that of all beams
+    with pytest.raises(ValueError, match="5 images were given, but the text has 6 image placeholders"):
+        model.generate(**text, image_features=features[:5], **several)
+
+
 def test_a_folder_without_vision_says_how_to_give_it_some(export, chat, pictures):
     folder = export()
     model = MiniMindVForConditionalGeneration.from_pretrained(folder)
