@@ -9,6 +9,7 @@ import os
 from itertools import chain, islice
 
 import torch
+from PIL import Image
 from transformers import BatchFeature, CLIPVisionConfig, CLIPVisionModel, ProcessorMixin
 from transformers.image_utils import load_image
 
@@ -173,10 +174,10 @@ class MiniMindVProcessor(ProcessorMixin):
 
     def pixels(self, image):
         """A picture as uint8 (3, S, S)."""
-        if isinstance(image, (str, os.PathLike)):
-            if os.path.isfile(image):
-                return read_pixels(image, self.image_size)
-            image = load_image(str(image))
+        if isinstance(image, (str, os.PathLike)) and os.path.isfile(image):
+            return read_pixels(image, self.image_size)
+        if not isinstance(image, Image.Image):
+            image = load_image(image)
         return to_pixels(image, self.image_size)
 
 

@@ -298,7 +298,7 @@ def add_access_rules(app, origins):
     def refuse_other_sites():
         if not is_loopback(request.environ["SERVER_NAME"]):
             return
-        host = request.headers.get("Host", "localhost")
+        host = request.headers.get("Host") or "localhost"
         if not is_loopback(host) and not any(allowed(f"{scheme}://{host}") for scheme in ("http", "https")):
             raise Forbidden(
                 f"this server is for its own computer, not for requests to {host!r:.80}: "
