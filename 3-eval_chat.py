@@ -119,8 +119,7 @@ class Terminal:
         """Prints the answer as it comes, then how fast it came; Ctrl-C ends it."""
         answer = self.chat.stream(question, self.pixels, **self.settings)
         try:
-            for piece in answer:
-                print(piece, end="", flush=True)
+            show_answer(answer)
         except KeyboardInterrupt:
             print(" [stopped]", end="")
 
@@ -134,6 +133,16 @@ class Terminal:
         print(f"\n[{', '.join(figures)}]")
 
 
+def show_answer(answer):
+    """Prints an answer as it is written, and says so if it has no words."""
+    text = ""
+    for piece in answer:
+        text += piece
+        print(piece, end="", flush=True)
+    if not text.strip():
+        print("(the model wrote nothing)", end="")
+
+
 # --- by itself ------------------------------------------------------------------------------------------------------
 
 
@@ -141,8 +150,7 @@ def show_answers(chat, folder, settings):
     """Prints every question of the evaluation folder, and its answer as it is written."""
     for paths, question in read_questions(folder):
         print(f"\n[{' + '.join(path.name for path in paths)}]\n问: {question}\n答: ", end="", flush=True)
-        for piece in chat.stream(question, chat.load_frames(paths), **settings):
-            print(piece, end="", flush=True)
+        show_answer(chat.stream(question, chat.load_frames(paths), **settings))
         print()
 
 

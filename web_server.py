@@ -20,6 +20,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from flask import Flask, redirect
 from PIL import Image
@@ -29,7 +30,14 @@ from werkzeug.serving import make_server
 from model.arguments import add_chat_arguments, add_model_arguments, add_switch, load_chat, parse_with_demo, settings_of
 from model.errors import BadInput, run_script
 from model.stages import DEMO_ANSWERING
-from web.api import ChatAPI, add_chat_page, add_security_headers, add_training_page, error_response
+from web.api import (
+    ChatAPI,
+    add_access_rules,
+    add_chat_page,
+    add_security_headers,
+    add_training_page,
+    error_response,
+)
 from web.queue import RequestQueue
 from web.requests import MAX_REQUEST
 
@@ -46,8 +54,25 @@ def parse_arguments(flags):
     parser.add_argument(
         "--queue", type=int, default=8, help="requests that may wait while one is answered (default %(default)s)"
     )
+    parser.add_argument(
+        "--cors",
+        nargs="+",
+        type=read_origin,
+        default=[],
+        metavar="ORIGIN",
+        help="let pages of these sites use the server, e.g. https://example.com; * for all (default: its own pages only)",
+    )
     add_switch(parser, "--watch", help="show only the training curves, at /training, without a model")
     return parse_with_demo(parser, DEMO_ANSWERING, flags)
+
+
+def read_origin(text):
+    """A site as browsers name it in the header Origin."""
+    text = text.lower()
+    parts = urlsplit(text)
+    if text not in ("*", "null") and not (parts.netloc and text == f"{parts.scheme}://{parts.netloc}"):
+        raise argparse.ArgumentTypeError(f"{text!r} should be a site without a path, like https://example.com")
+    return text
 
 
 def create_app(*flags):
@@ -57,6 +82,7 @@ def create_app(*flags):
     app = Flask(__name__, static_folder="web/static", static_url_path="/web")
     app.json.ensure_ascii = False
     app.after_request(add_security_headers)
+    add_access_rules(app, args.cors)
     app.register_error_handler(HTTPException, error_response)
     app.register_error_handler(BadInput, error_response)
 

@@ -26,6 +26,8 @@ from .generate import SETTINGS, Answer
 from .images import read_frames, read_pixels
 from .vision_utils import has_vision
 
+ROOM_FOR_WORDS = 32  # tokens of a short question and its answer
+
 
 class Chat:
     """Model, tokenizer and CLIP, ready to answer. Nothing of a request is kept here, so that threads can share it."""
@@ -44,7 +46,8 @@ class Chat:
         """weights: a .pth file, or a transformers folder, whose own tokenizer and CLIP, if present, take precedence.
 
         int8: store the matrices of the language model and of CLIP in 8 bits (CPU only).
-        max_frames: how many frames of a video are used; fewer if the context doesn't hold them.
+        max_frames: how many frames of a video are used; fewer if the context doesn't hold them. `max_pictures`: how many
+            pictures it does hold, with a short question and its answer.
         fallback: LMConfig fields for weights that come without a config of their own. BadInput says what is missing.
         `summary` says what was loaded, and warns if something is doubtful.
         """
@@ -64,9 +67,11 @@ class Chat:
         self.device = torch.device(device)
         self.dtype = dtype
 
-        # one frame less than fits into the context leaves room for words
-        fitting = self.config.max_seq_len // self.config.image_tokens - 1
-        self.max_frames = max(1, min(max_frames, fitting))
+        # how many pictures fit into the context, each with its line break, beside the frame of a prompt and some words
+        counted = [as_conversation("", number, self.config) for number in (1, 2)]
+        one, two = (len(ids) for ids, _ in encode_conversations(self.tokenizer, counted, self.config))
+        self.max_pictures = max(1, 1 + (self.config.max_seq_len - ROOM_FOR_WORDS - one) // (two - one))
+        self.max_frames = max(1, min(max_frames, self.max_pictures))
         if int8:
             quantize(self.model, self.device)
             quantize(self.encoder.model, self.device)

@@ -75,12 +75,15 @@ def frames(tokenizer, roles):
         if re.findall("\ue000\\d+\ue001", text) != marks:
             raise BadInput(f"the tokenizer's chat template leaves out, moves or repeats one of {', '.join(roles)}")
 
-        special = {**tokenizer.get_added_vocab(), tokenizer.eos_token: tokenizer.eos_token_id}
-        pattern = "(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")"
-        known[roles] = [
-            [[special[part]] if part in special else part for part in re.split(pattern, gap) if part] for gap in gaps
-        ]
+        known[roles] = [split_at_special(tokenizer, gap) for gap in gaps]
     return known[roles]
+
+
+def split_at_special(tokenizer, text):
+    """A text that a chat template wrote as a list of pieces: a list with the id of a special token, or text to tokenise."""
+    special = {**tokenizer.get_added_vocab(), tokenizer.eos_token: tokenizer.eos_token_id}
+    pattern = "(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")"
+    return [[special[part]] if part in special else part for part in re.split(pattern, text) if part]
 
 
 def conversation_pieces(turns, gaps, placeholder, image_ids):

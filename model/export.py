@@ -24,11 +24,13 @@ from .checkpoint import (
     count_parameters,
     in_our_layout,
     load_parts,
+    load_tokenizer,
     provenance,
     read_metadata,
     read_weights,
     write_weights,
 )
+from .conversation import PUBLISHED_TEMPLATE
 from .errors import BadInput, run_script
 from .files import write_atomically, write_json
 from .layouts import sizes_of, to_llama, transformers_config
@@ -41,6 +43,7 @@ CODE = ("errors", "LMConfig", "model", "model_vlm", "conversation", "images", "h
 AUTO_MAP = {
     "AutoConfig": "LMConfig.LMConfig",
     "AutoModelForCausalLM": "hf.MiniMindVForConditionalGeneration",
+    "AutoModelForImageTextToText": "hf.MiniMindVForConditionalGeneration",
     "AutoProcessor": "hf.MiniMindVProcessor",
 }
 TOKENIZER_FILES = (
@@ -55,7 +58,7 @@ TOKENIZER_FILES = (
 CARD = """\
 ---
 license: apache-2.0
-language: [zh, en]
+language: [{languages}]
 library_name: transformers
 pipeline_tag: image-text-to-text
 ---
@@ -80,6 +83,8 @@ A tiny vision-language model, made with MiniMind-V: {parameters:,} parameters of
 
 {training}
 """
+# the commonest word of a language, with the space before it: one token where the tokenizer was made for that language
+COMMONEST_WORDS = {"zh": "的", "en": " the"}
 EXAMPLE = """\
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor
@@ -121,7 +126,8 @@ def export(weights, folder, tokenizer_path, vision_path, with_vision):
         shutil.copyfile(Path(__file__).parent / f"{name}.py", folder / f"{name}.py")
     copy_tokenizer(tokenizer_path, folder)
     clip = "included in this folder" if with_vision else "not in this folder: set `model.vision_encoder`"
-    (folder / "README.md").write_text(card(folder.name, state, config, metadata, clip), encoding="utf-8")
+    languages = [name for name, word in COMMONEST_WORDS.items() if len(parts.tokenizer.tokenize(word)) == 1]
+    (folder / "README.md").write_text(card(folder.name, state, config, metadata, clip, languages), encoding="utf-8")
 
 
 def export_language_model(weights, folder, tokenizer_path):
@@ -140,7 +146,9 @@ def export_language_model(weights, folder, tokenizer_path):
 
 
 def copy_tokenizer(tokenizer_path, folder):
-    """Copies the files of a tokenizer."""
+    """Copies the files of a tokenizer; its chat template as a file of its own, whether it has it elsewhere or none."""
+    template = load_tokenizer(tokenizer_path).chat_template or PUBLISHED_TEMPLATE
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     for name in TOKENIZER_FILES:
         if (Path(tokenizer_path) / name).exists():
             shutil.copyfile(Path(tokenizer_path) / name, folder / name)
@@ -177,7 +185,7 @@ def write_config(folder, config, metadata, encoder, dtype):
     write_json(folder / "config.json", content)
 
 
-def card(name, state, config, metadata, clip):
+def card(name, state, config, metadata, clip, languages):
     """The folder's README.md."""
     shown = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len", "use_moe", "vision_width")
     stages = [
@@ -186,6 +194,7 @@ def card(name, state, config, metadata, clip):
     ]
     return CARD.format(
         name=name,
+        languages=", ".join(languages),
         parameters=count_parameters(state, config),
         image_tokens=config.image_tokens,
         clip=clip,

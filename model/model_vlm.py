@@ -54,9 +54,8 @@ class MiniMindVLM(MiniMindLM):
         # every picture needs its placeholder, and every placeholder its picture
         starts = find_placeholders(input_ids, self.config.image_ids)  # (B, T)
         num_images = 0 if image_features is None else len(image_features)
-        skip_check = self.training and input_ids.is_cuda
-        if not skip_check and starts.sum() != num_images:
-            raise ValueError(f"{num_images} images were given, but the text has {int(starts.sum())} image placeholders")
+        if not (self.training and input_ids.is_cuda):
+            check_count(starts, num_images)
         if not num_images and not self.training:
             return embeddings
 
@@ -109,6 +108,23 @@ class MiniMindVLM(MiniMindLM):
         if past_key_values is None or past_key_values.get_seq_length() == 0:
             inputs["image_features"] = image_features
         return inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, input_ids=None, image_features=None, **kwargs):
+        """For `generate` with several answers or beams a question: all its pictures in order, once for each of them."""
+        inputs = super()._expand_inputs_for_generation(expand_size, input_ids=input_ids, **kwargs)
+        if image_features is not None:
+            starts = find_placeholders(input_ids, self.config.image_ids)
+            check_count(starts, len(image_features))
+            questions = image_features.split(starts.sum(dim=1).tolist())
+            image_features = torch.cat([pictures.repeat(expand_size, 1, 1) for pictures in questions])
+        inputs[1]["image_features"] = image_features
+        return inputs
+
+
+def check_count(starts, num_images):
+    """ValueError if the number of pictures differs from the number of placeholders, where `starts` (B, T) is True."""
+    if starts.sum() != num_images:
+        raise ValueError(f"{num_images} images were given, but the text has {int(starts.sum())} image placeholders")
 
 
 def find_placeholders(input_ids, image_ids):

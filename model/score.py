@@ -78,8 +78,18 @@ def read_questions(folder):
     file = Path(folder) / "questions.json"
     if not file.exists():
         raise BadInput(f"{file} not found: it lists the questions to ask, as [[picture, ...], question] pairs")
+    questions = []
     try:
-        pairs = json.loads(file.read_text(encoding="utf-8"))
-        return [([file.parent / name for name in names], str(question)) for names, question in pairs]
-    except (ValueError, TypeError) as error:
+        pairs = json.loads(file.read_text(encoding="utf-8-sig"))  # Windows' editors begin it with a mark
+        if not isinstance(pairs, list):
+            raise TypeError(f"it is a {type(pairs).__name__}")
+        for pair in pairs:
+            names, question = pair
+            names = [names] if isinstance(names, str) else names  # a single picture needs no list
+            texts = [question, *names]
+            if not (isinstance(pair, list) and all(isinstance(text, str) for text in texts)):
+                raise ValueError(f"{json.dumps(pair, ensure_ascii=False)[:100]} is none")
+            questions.append(([file.parent / name for name in names], question))
+    except (OSError, ValueError, TypeError) as error:
         raise BadInput(f"{file} is not a JSON list of [[picture, ...], question] pairs ({error}): fix it") from None
+    return questions

@@ -268,6 +268,34 @@ def test_output_is_shown_as_text_never_as_html(visit, app):
     assert page.locator(".bubble img, .bubble b").count() == 0 and page.title() == "MiniMind-V"
 
 
+@pytest.mark.parametrize(
+    "locale, words, says",
+    [
+        ("zh-CN", "描述这张图片。", "（模型什么也没写。）"),
+        ("en-US", "Describe this picture.", "(The model wrote nothing.)"),
+    ],
+)
+def test_a_picture_alone_is_a_question_and_an_empty_answer_says_so(visit, app, pictures, locale, words, says):
+    page = visit(locale)
+    drop(page, pictures[0])
+    say(app.chat, "")
+    page.locator("#send-button").click()
+    expect(page.locator(".mine .bubble")).to_have_text(words)
+    expect(bubble(page)).to_have_text(says)
+    say(app.chat, "红色")
+    page.locator(".answer button").first.click()  # regenerates
+    expect(bubble(page)).to_have_text("红色")
+
+
+def test_the_page_takes_as_many_pictures_as_fit(visit, app, pictures):
+    page = visit("en-US")
+    drop(page, *pictures[: app.chat.max_pictures + 1])
+    expect(page.locator("#thumbnails img")).to_have_count(app.chat.max_pictures)
+    expect(page.locator("#notice")).to_have_text(f"The model sees at most {app.chat.max_pictures} pictures at a time.")
+    ask(page, "?")
+    expect(bubble(page)).to_contain_text("左上角")
+
+
 def test_problems_are_shown(visit, tmp_path):
     page = visit()
     ask(page, "")

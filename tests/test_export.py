@@ -1,5 +1,6 @@
 """Folders for transformers: what leaves answers elsewhere as here, and comes back bit for bit."""
 
+import copy
 import json
 import re
 import shutil
@@ -7,11 +8,12 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, data_url, formula_file, question, run, run_python
+from helpers import ROOT, data_url, formula_file, part, question, run, run_python
 from PIL import Image
+from transformers import AutoProcessor, pipeline
 
 from model.chat import Chat
-from model.conversation import as_conversation, encode_conversations
+from model.conversation import PUBLISHED_TEMPLATE, as_conversation, encode_conversations
 from model.export import EXAMPLE
 from model.hf import MiniMindVForConditionalGeneration, MiniMindVProcessor
 from model.images import read_pixels
@@ -72,6 +74,128 @@ def test_the_exported_model_batches_and_takes_pixels_or_features(export, chat, p
         by_pixels = model(**inputs).logits
         by_features = model(inputs["input_ids"], image_features=features).logits
     torch.testing.assert_close(by_pixels, by_features, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("several", [{"num_return_sequences": 3, "do_sample": True}, {"num_beams": 3}])
+def test_every_answer_and_beam_sees_all_pictures_of_its_own_question(export, chat, pictures, several):
+    folder = export("--with_vision")
+    model = MiniMindVForConditionalGeneration.from_pretrained(folder).eval()
+    opened = [Image.open(path) for path in pictures[:6]]
+    texts = ["<image>和<image>有什么不同？", "没有图片", "<image>颜色？", "<image>、<image>和<image>？"]
+    inputs = MiniMindVProcessor.from_pretrained(folder)(images=opened, text=texts)
+    features = chat.encode_images(pictures[:6])
+    own = [features[0:2], features[2:2], features[2:3], features[3:6]]
+
+    # its score, as `generate` computed it, is that of the answer to its own question about its own pictures
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "output_logits": True, "return_dict_in_generate": True}
+    for looking, seen in (
+        (model, {"pixel_values": inputs["pixel_values"]}),
+        (chat.model, {"image_features": features}),
+    ):
+        text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        output = looking.generate(**text, **seen, **settings, **{"num_return_sequences": 3, **several})
+        assert len(output.sequences) == 12
+        transitions = looking.compute_transition_scores(
+            output.sequences, output.logits, getattr(output, "beam_indices", None), normalize_logits=True
+        )
+        for row, ids in enumerate(output.sequences):
+            question = text["input_ids"][row // 3][text["attention_mask"][row // 3] == 1]
+            whole = torch.cat([question, ids[-6:]])[None]
+            with torch.no_grad():
+                logits = chat.model(whole, own[row // 3] if len(own[row // 3]) else None).logits[0, -7:-1]
+            scores = logits.log_softmax(dim=-1).gather(1, ids[-6:, None])[:, 0]
+            torch.testing.assert_close(transitions[row], scores, atol=1e-3, rtol=0)
+
+    # a picture too few is named by its number, not by that of all beams
+    with pytest.raises(ValueError, match="5 images were given, but the text has 6 image placeholders"):
+        model.generate(**text, image_features=features[:5], **several)
+
+
+def test_the_folder_works_as_transformers_vision_models_do(export, chat, pictures):
+    folder = export("--with_vision")
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    pipe = pipeline("image-text-to-text", model=str(folder), trust_remote_code=True)
+    opened = [Image.open(path) for path in pictures[:3]]
+
+    def answer(turns, images):
+        return "".join(chat.stream(turns, images, max_new_tokens=8, temperature=0))
+
+    def say(**inputs):
+        output = pipe(**inputs, return_full_text=False, max_new_tokens=8, do_sample=False)
+        return [(one[0] if isinstance(one, list) else one)["generated_text"] for one in output]
+
+    # questions: one, and several with a picture each, with marks, and with lists of their own
+    files = [str(path) for path in pictures[:3]]
+    one, two = answer("颜色？", pictures[:1]), answer("有什么不同？", pictures[1:3])
+    assert one != two and say(images=files[0], text="颜色？") == say(images=opened[0], text=["颜色？"]) == [one]
+    assert say(images=files[:2], text=["颜色？", "颜色？"]) == [one, answer("颜色？", pictures[1:2])]
+    assert say(images=[files[:1], files[1:]], text=["颜色？", "有什么不同？"]) == [one, two]
+    assert say(images=files, text=["<image>\n颜色？", "<image>\n<image>\n有什么不同？"]) == [one, two]
+    assert say(text="你好") == [answer("你好", ())]
+
+    # chats: pictures as files, OpenAI's data: URLs and Pillow's images, earlier turns, the beginning of an answer
+    def message(role, text, *images):
+        return {"role": role, "content": [*images, {"type": "text", "text": text}]}
+
+    images = [{"type": "image", "url": files[0]}, part(data_url(pictures[1])), {"type": "image", "image": opened[2]}]
+    talk = [message("system", "简短。"), message("user", "颜色？", images[0]), message("assistant", "红色")]
+    talk += [message("user", "有什么不同？", *images[1:])]
+    turns = [("system", "简短。"), ("user", "<image>\n颜色？"), ("assistant", "红色")]
+    turns += [("user", "<image>\n<image>\n有什么不同？")]
+    short = [{"role": "user", "content": "你好"}]
+    assert say(text=copy.deepcopy(talk)) == [answer(turns, pictures[:3])]
+    assert say(text=[copy.deepcopy(talk), short]) == [answer(turns, pictures[:3]), answer("你好", ())]
+    begun = processor.apply_chat_template(
+        [*short, message("assistant", "红")], tokenize=True, continue_final_message=True
+    )
+    beginning = chat.tokenizer("红", add_special_tokens=False)["input_ids"]
+    assert begun[0].tolist() == [*chat.encode_prompt([("user", "你好")])[0].tolist(), *beginning]
+
+    # the same ids as here, at once and by way of the text
+    at_once = processor.apply_chat_template(talk, tokenize=True, return_dict=True, add_generation_prompt=True)
+    text = processor.apply_chat_template(talk, add_generation_prompt=True)
+    assert text.startswith(
+        "简短。<s>user\n<image>\n颜色？</s>\n<s>assistant\n红色</s>\n<s>user\n<image>\n<image>\n有什么"
+    )
+    in_steps = processor(images=opened, text=text)
+    for name in ("input_ids", "attention_mask"):
+        assert torch.equal(at_once[name], in_steps[name])
+    torch.testing.assert_close(at_once["pixel_values"], in_steps["pixel_values"])
+    assert torch.equal(at_once["input_ids"], chat.encode_prompt(turns))
+
+    # what can't be is said in one sentence, by the folder's own BadInput
+    for images, texts, says in (
+        ([[opened[0]]], ["?", "?"], "1 lists of images were given for 2 questions"),
+        (opened, ["?", "?"], "3 images were given, but the 2 questions have 0 <image>"),
+        ([[opened[0]], opened[:2]], ["?", "<image>?"], "2 images were given, but the question has 1 <image>"),
+    ):
+        with pytest.raises(Exception, match=says):
+            processor(images=images, text=texts)
+    with pytest.raises(Exception, match="only user messages can have pictures, not system messages"):
+        processor.apply_chat_template([message("system", "?", {"type": "image"}), *short])
+    with pytest.raises(Exception, match="parts of type 'video' are not supported"):
+        processor.apply_chat_template([message("user", "?", {"type": "video"})])
+
+
+def test_every_folder_has_a_chat_template_and_its_card_names_its_languages(export, weights, tiny_clip, tmp_path):
+    folder = export()
+    ours = (ROOT / "model" / "demo" / "chat_template.jinja").read_bytes()
+    assert (folder / "chat_template.jinja").read_bytes() == ours
+    assert "language: [zh]" in (folder / "README.md").read_text(encoding="utf-8")
+
+    # a tokenizer that has none, and one that has it in another place
+    tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(ROOT / "model" / "demo", tokenizer, ignore=shutil.ignore_patterns("*.jinja", "*.pth"))
+    config = json.loads((tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
+    for template in (None, ours.decode() + "{# other #}"):
+        (tokenizer / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+        for flags in ([], ["--language_model"]):
+            folder = tmp_path / f"folder {template is None} {len(flags)}"
+            paths = ["--vision_path", tiny_clip, "--tokenizer_path", tokenizer]
+            code, _, err = run_python("-m", "model.export", weights, folder, *paths, *flags)
+            assert code == 0, err
+            written = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+            assert written == (template or PUBLISHED_TEMPLATE)
 
 
 def test_a_folder_without_vision_says_how_to_give_it_some(export, chat, pictures):

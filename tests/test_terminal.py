@@ -3,6 +3,7 @@
 import codecs
 import os
 import re
+import runpy
 import select
 import subprocess
 import sys
@@ -154,6 +155,13 @@ def test_without_a_terminal_it_answers_everything(flags):
     code, out, err = run_python("3-eval_chat.py", *flags, "--max_new_tokens", 3)
     assert code == 0, err
     assert out.count("问: ") == 14 and "[左上角大红色星形.png]" in out
+
+
+def test_an_empty_answer_says_so(capsys):
+    show_answer = runpy.run_path(str(ROOT / "3-eval_chat.py"))["show_answer"]
+    for pieces, shown in (([], True), ([" ", "\n"], True), (["红", "色"], False)):
+        show_answer(iter(pieces))
+        assert ("(the model wrote nothing)" in capsys.readouterr().out) == shown
 
 
 def test_settings_are_checked_on_the_command_line():

@@ -1,6 +1,7 @@
 """web_server.py: its API, called by Flask's client and by the real openai package; its queue; what it refuses."""
 
 import base64
+import http.client
 import json
 import os
 import re
@@ -12,15 +13,35 @@ import sys
 import threading
 import time
 import zlib
+from urllib.parse import quote
 
 import numpy as np
 import openai
 import pytest
-from helpers import ROOT, ask, data_url, heed_interrupts, part, picture_url, question, run_python, say, serving
+from helpers import (
+    ROOT,
+    animated,
+    ask,
+    data_url,
+    heed_interrupts,
+    part,
+    picture_url,
+    question,
+    run_python,
+    save_random_vlm,
+    say,
+    serving,
+)
 from PIL import Image
 
-from model.conversation import as_conversation
+from model.chat import Chat
+from model.checkpoint import save_weights
+from model.conversation import as_conversation, tokenizer_fields
 from model.errors import BadInput
+from model.LMConfig import LMConfig
+from model.model_vlm import MiniMindVLM
+from model.score import read_questions
+from web.requests import COMPLETION_FIELDS, MARKS, NEUTRAL
 from web_server import create_app
 
 
@@ -33,6 +54,14 @@ def app(flags, monkeypatch):
 @pytest.fixture
 def client(app):
     return app.test_client()
+
+
+def save_seeing(path, tokenizer):
+    """Random weights for the demo's CLIP, whose pictures take 50 tokens, and a context of 512."""
+    width = json.loads((ROOT / "model" / "demo" / "config.json").read_text())["vision_config"]["hidden_size"]
+    config = LMConfig(dim=32, n_layers=1, n_heads=2, n_kv_heads=1, vision_width=width, **tokenizer_fields(tokenizer))
+    save_weights(path, MiniMindVLM(config), tokenizer, stage="sft")
+    return path
 
 
 def chunks(response):
@@ -116,6 +145,69 @@ def test_pictures_of_any_kind_are_read(app, client, pictures):
         assert ask(client, messages=question("?", url), max_tokens=2).status_code == 200, url[:40]
 
 
+def test_pictures_are_read_as_any_client_writes_them(client, pictures):
+    head, data = data_url(pictures[0]).split(",")
+
+    def text(part, role="user"):
+        messages = [{"role": role, "content": [part, {"type": "text", "text": "颜色？"}]}]
+        reply = ask(client, messages=messages, max_tokens=12)
+        assert reply.status_code == 200, (reply.get_data(as_text=True), str(part)[:80])
+        return reply.get_json()["choices"][0]["message"]["content"]
+
+    lines = "\r\n".join(data[i : i + 76] for i in range(0, len(data), 76))
+    forms = [data.rstrip("="), lines, f" {data}\n", quote(data, safe=""), data.replace("+", "-").replace("/", "_")]
+    urls = [f"{head},{form}" for form in forms] + [
+        f"\n{head.upper()},{data}",
+        head.replace(";", ";name=a.jpg;") + f",{data}",
+    ]
+    parts = [part(url) for url in urls]
+    parts += [{"type": kind, "image_url": f"{head},{data}"} for kind in ("image_url", "input_image")]
+    parts += [{"type": "input_image", "image_url": {"url": f"{head},{data}"}, "detail": "auto"}]
+    parts += [{"type": "video_url", "video_url": f"{head},{data}"}]
+    wanted = text(part(f"{head},{data}"))
+    assert [text(one) for one in parts] == [wanted] * len(parts) and len(wanted) > 3
+
+
+def test_pictures_without_words_ask_what_is_in_them(app, client, pictures):
+    def text(*images, **message):
+        content = [part(data_url(image)) for image in images]
+        content += [{"type": "text", "text": message["words"]}] if "words" in message else []
+        body = {"messages": [{"role": "user", "content": content}], "max_tokens": 12}
+        return ask(client, **body).get_json()["choices"][0]["message"]["content"]
+
+    wanted = "".join(app.chat.stream("描述这张图片。", pictures[:1], max_new_tokens=12, temperature=0))
+    assert [text(pictures[0]), *(text(pictures[0], words=words) for words in ("", " \n", "<image>", "<image>\n"))] == [
+        wanted
+    ] * 5
+    two = "".join(app.chat.stream("描述这张图片。", pictures[:2], max_new_tokens=12, temperature=0))
+    assert text(*pictures[:2]) == text(*pictures[:2], words="<image><image>") == two != wanted
+
+
+def test_as_many_pictures_fit_as_the_page_and_the_api_say(tokenizer, tiny_clip, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert Chat(save_seeing(tmp_path / "demo.pth", tokenizer), "model/demo", "model/demo").max_pictures == 9
+    for max_seq_len in (20, 64, 100):
+        weights = save_random_vlm(tmp_path / "64_vlm_sft.pth", tokenizer, max_seq_len)
+        app = create_app("--weights", str(weights), "--vision_path", str(tiny_clip), "--tokenizer_path", "model/demo")
+        client = app.test_client()
+        most = client.get("/info").get_json()["max_pictures"]
+        assert most == max(1, (max_seq_len - 32 - 8) // 6) == app.chat.max_pictures >= app.chat.max_frames
+        say(app.chat, "左上角红色")
+        reply = ask(client, messages=question("?", *[data_url(pictures[0])] * most)).get_json()
+        assert reply["choices"][0]["message"]["content"].startswith("左上角")
+        reply = ask(client, messages=question("?", *[data_url(pictures[0])] * (most + 1)))
+        says = f"{most + 1} pictures were sent, but the model's context holds {most} at most"
+        assert reply.status_code == 400 and reply.get_json()["error"]["message"] == says
+
+    # the frames of videos count as pictures
+    clip = animated(tmp_path / "clip.gif", [Image.open(path) for path in pictures[:4]])
+    url = f"data:image/gif;base64,{base64.b64encode(clip.read_bytes()).decode()}"
+    clips = [{"type": "video_url", "video_url": {"url": url}}] * 3
+    reply = ask(client, messages=[{"role": "user", "content": clips}])
+    says = "the pictures and videos have 12 frames together, but the model's context holds 10 at most"
+    assert reply.get_json()["error"]["message"] == says
+
+
 def test_attention_of_an_answer(app, client, pictures):
     answer = app.chat.stream("颜色？", pictures[:2], max_new_tokens=6, temperature=0)
     list(answer)
@@ -155,6 +247,33 @@ def test_openai_client(app, pictures):
             create(model="gpt-4", messages=messages)
 
 
+def test_fields_that_ask_for_nothing_are_taken(app, pictures):
+    with serving(app) as address:
+        create = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0).chat.completions.create
+        body = {"model": "64_vlm_sft", "max_tokens": 9, "temperature": 0}
+        messages = [{"role": "system", "content": "简短。"}, *question("颜色？", data_url(pictures[0]))]
+        first = create(messages=messages, extra_body={"return_token_ids": True}, **body).choices[0].message
+        assert first.content and first.token_ids
+
+        # its own answer, with all that came with it, as part of the next question
+        again = [*messages, first.model_dump(), {"role": "user", "content": "形状？"}]
+        plain = [*messages, {"role": "assistant", "content": first.content}, {"role": "user", "content": "形状？"}]
+        wanted = create(messages=plain, **body).choices[0].message.content
+        assert create(messages=again, **body).choices[0].message.content == wanted
+        again[0] = {"role": "developer", "content": [{"type": "input_text", "text": "简短。"}]}
+        again[-2] |= {"refusal": "", "annotations": [], "tool_calls": []}
+        assert create(messages=again, **body).choices[0].message.content == wanted
+
+        # every field that OpenAI knows, null or neutral
+        marks = {"metadata": {"a": "b"}, "user": "me", "safety_identifier": "x", "prompt_cache_key": "y"}
+        neutral = {name: values[-1] for name, values in NEUTRAL.items() if values}
+        known = {*openai.types.chat.completion_create_params.CompletionCreateParamsNonStreaming.__annotations__}
+        known |= {*openai.types.chat.completion_create_params.CompletionCreateParamsBase.__annotations__}
+        assert known == (COMPLETION_FIELDS | NEUTRAL.keys() | MARKS) & known
+        for extra in (marks, neutral, dict.fromkeys(known - body.keys() - {"messages"})):
+            assert create(messages=plain, **body, extra_body=extra).choices[0].message.content == wanted, extra
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -187,6 +306,10 @@ def malformed(good):
         ([{"role": "user"}], "content should be text or a list of parts"),
         ([{"role": "user", "content": 7}], "content should be text or a list of parts"),
         (
+            [{"role": "user", "content": "?", "refusal": "no"}],
+            "refusal can only be '' here, not 'no'",
+        ),
+        (
             [{"role": "user", "content": "?", "mood": "good"}],
             "a message has no field 'mood'; it can have content, name, role",
         ),
@@ -194,7 +317,7 @@ def malformed(good):
         ([{"role": "user", "content": [{"type": "audio"}]}], "parts of type 'audio' are not supported"),
         ([{"role": "user", "content": [{"type": "text", "text": 1}]}], "should have a string under text"),
         (
-            [{"role": "user", "content": [{"type": "image_url", "image_url": good}]}],
+            [{"role": "user", "content": [{"type": "image_url", "image_url": [good]}]}],
             "should have a string under image_url.url",
         ),
         ([{"role": "system", "content": [part(good)]}], "only user messages can have pictures, not system messages"),
@@ -206,13 +329,12 @@ def malformed(good):
         ),
         ([*fine, {"role": "assistant", "content": "!"}], "the last message should be the user's question"),
         (question(""), "the question is empty"),
-        (question(" \n", good), "the question is empty"),
         (question("字" * 100_000), "the text has over 10000 characters"),
         (question("字" * 9_000), r"the question has \d+ tokens, the model reads at most 128"),
         (question("\ud800"), "lone surrogate"),
         (question("<image>?"), "0 images were given, but the question has 1 <image>"),
         (question("<image><image>?", good), "1 images were given, but the question has 2 <image>"),
-        (question("?", *[good] * 50), "50 pictures were sent, but the model's context holds 25 at most"),
+        (question("?", *[good] * 50), "50 pictures were sent, but the model's context holds 14 at most"),
         (
             question("?", "https://example.com/a.png"),
             "picture 1: only data: URLs are supported, this server downloads nothing",
@@ -251,11 +373,18 @@ def malformed(good):
         ({"stop": ["a", ""]}, "stop should be a text, or a list of up to four texts"),
         ({"stop": ["a"] * 5}, "stop should be a text"),
         ({"stop": 5}, "stop should be a text"),
+        ({"tools": [{"type": "function"}]}, r"tools can only be \[\] here, not \[\{'type': 'function'\}\]"),
+        ({"tool_choice": "required"}, "tool_choice can only be 'none' or 'auto' here, not 'required'"),
+        ({"response_format": {"type": "json_object"}}, "response_format can only be {'type': 'text'} here"),
+        ({"logit_bias": {"5": 1}}, "logit_bias can only be {} here"),
+        ({"top_logprobs": 2}, "top_logprobs can only be 0 here"),
+        ({"store": True}, "store can only be False here"),
+        ({"audio": {"voice": "alloy"}}, "audio can only be null here"),
         ({"n": 3}, "n can only be 1 here, not 3"),
         ({"logprobs": True}, "logprobs can only be False here"),
         ({"stream": "yes"}, "stream should be true or false"),
         ({"stream_options": [1]}, "stream_options should be an object"),
-        ({"colour": "red"}, "the request has no field 'colour'; it can have frequency_penalty, "),
+        ({"colour": "red"}, "the request has no field 'colour'; it can have max_completion_tokens, "),
         ({"model": ["64_vlm_sft"]}, "there is no model"),
     ]
     return [({"messages": m}, says) for m, says in messages] + [({"messages": fine, **o}, says) for o, says in options]
@@ -305,14 +434,102 @@ def test_sample_pictures_may_have_any_name(app, flags, pictures, tmp_path, monke
         create_app(*flags)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_questions_about_one_picture_need_no_list(tmp_path, encoding):
+    file = tmp_path / "questions.json"
+    pairs = [["图.png", "是什么？"], [["a.png"], "?"], [["a.png", "b.png"], "<image><image>?"], [[], "你好"]]
+    file.write_text(json.dumps(pairs, ensure_ascii=False), encoding=encoding)
+    names = [["图.png"], ["a.png"], ["a.png", "b.png"], []]
+    wanted = [([tmp_path / name for name in own], text) for own, (_, text) in zip(names, pairs, strict=True)]
+    assert read_questions(tmp_path) == wanted
+    for bad in (
+        {"ab": 1},
+        "ab",
+        [["a.png"]],
+        [["a.png", 5]],
+        [[[5], "?"]],
+        ["ab"],
+        [{"a": 1, "b": 2}],
+        [5],
+        [["a", "b", "c"]],
+    ):
+        file.write_text(json.dumps(bad), encoding=encoding)
+        with pytest.raises(BadInput, match="questions.json is not a JSON list of .* fix it"):
+            read_questions(tmp_path)
+
+
 def test_too_large_requests_are_refused(app, client):
     response = ask(client, messages=question("?", "data:image/png;base64," + "A" * 27_000_000))
     assert response.status_code == 413 and "picture 1 is over 20 MB" in response.get_json()["error"]["message"]
-    with serving(app) as address:  # over a real connection, the rest of the upload must not hide the answer
+    with serving(app) as address:
+        # sent in chunks, without a length that could be looked at before
+        for parts, status in (([b'{"messages": []', b"}"], 400), ([b"{", *[b"A" * 1_000_000] * 28, b"}"], 413)):
+            connection = http.client.HTTPConnection(address.removeprefix("http://"))
+            connection.request("POST", "/v1/chat/completions", iter(parts), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            assert response.status == status
+            says = "messages should be a list" if status == 400 else "the request is over 28 MB"
+            assert says in json.loads(response.read())["error"]["message"]
+            connection.close()
+        # over a real connection, the rest of the upload must not hide the answer
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
         with pytest.raises(openai.APIStatusError, match="the request is over 28 MB") as caught:
             client.chat.completions.create(model="64_vlm_sft", messages=question("?", "data:" + "A" * 40_000_000))
         assert caught.value.status_code == 413
+
+
+def test_a_server_for_one_computer_refuses_other_sites(app, flags, monkeypatch, capsys):
+    client = app.test_client()
+
+    def status(client, server="127.0.0.1", **headers):
+        response = client.get("/info", headers=headers, environ_overrides={"SERVER_NAME": server})
+        assert response.headers.get("Access-Control-Allow-Origin") is None
+        return response.status_code
+
+    own = ("localhost:7788", "127.0.0.1:7788", "127.1.2.3", "[::1]:7788", "LOCALHOST", "demo.localhost:1")
+    assert {status(client, Host=host) for host in own} == {200}
+    assert {status(client, Host=host, Origin=f"http://{host}") for host in own if host != "LOCALHOST"} == {200}
+    others = (
+        "evil.example",
+        "evil.example:7788",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "10.0.0.1",
+        "[::",
+    )
+    assert {status(client, Host=host) for host in others} == {403}
+    origins = ("http://evil.example", "null", "http://localhost:3000", "https://localhost.evil.example")
+    assert {status(client, Host="localhost:7788", Origin=origin) for origin in origins} == {403}
+    assert {status(client, "0.0.0.0", Host=host) for host in others} == {200}
+
+    # the sentence, and the way out that it names
+    evil = {"Host": "localhost", "Origin": "http://evil.example"}
+    says = client.post("/v1/chat/completions", json={}, headers=evil).get_json()["error"]["message"]
+    assert says == (
+        "this server is for its own pages, not for those of 'http://evil.example': "
+        "to allow them, start it with --cors http://evil.example"
+    )
+    says = client.get("/", headers={"Host": "evil.example:80"}).get_json()["error"]["message"]
+    assert says.startswith("this server is for its own computer, not for requests to 'evil.example:80'")
+    monkeypatch.setattr("web_server.load_chat", lambda args: app.chat)
+    client = create_app(*flags, "--cors", "http://evil.example", "https://b.example").test_client()
+    for headers in (evil, {"Host": "evil.example", "Origin": "http://evil.example"}):
+        response = client.get("/info", headers=headers)
+        assert response.status_code == 200 and response.headers["Access-Control-Allow-Origin"] == "http://evil.example"
+    asked = {
+        **evil,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "content-type,x-stainless-os",
+    }
+    response = client.options("/v1/chat/completions", headers=asked)
+    assert response.status_code == 200 and "POST" in response.headers["Access-Control-Allow-Methods"]
+    assert response.headers["Access-Control-Allow-Headers"] == "content-type,x-stainless-os"
+    assert status(client, Host="localhost", Origin="http://c.example") == 403
+    assert "Origin" in client.get("/info").headers["Vary"]
+    for bad in ("evil.example", "http://evil.example/page", ""):
+        with pytest.raises(SystemExit):
+            create_app(*flags, "--cors", bad)
+        assert f"{bad!r} should be a site without a path, like https://example.com" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads its own memory from Linux's /proc")
@@ -396,9 +613,7 @@ class RawClient:
         host, port = address.removeprefix("http://").split(":")
         self.socket = socket.create_connection((host, int(port)), timeout=20)
         data = json.dumps(body).encode()
-        head = (
-            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-        )
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
         self.socket.sendall(head.encode() + data[: -5 if slow else None])
 
     def read_pieces(self, count):

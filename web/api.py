@@ -3,15 +3,16 @@
 import base64
 import contextlib
 import io
+import ipaddress
 import json
 import time
 import uuid
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import torch
 from flask import Response, jsonify, request, send_from_directory
 from PIL import Image
-from werkzeug.exceptions import HTTPException, NotFound, RequestEntityTooLarge
+from werkzeug.exceptions import Forbidden, HTTPException, NotFound, RequestEntityTooLarge
 
 from model.errors import BadInput
 from model.score import read_questions
@@ -20,9 +21,11 @@ from model.training.logs import read_log
 from .queue import DisconnectEvent
 from .requests import (
     COMPLETION_FIELDS,
+    MARKS,
     MAX_PICTURE,
     MAX_REQUEST,
     MB,
+    NEUTRAL,
     all_frames,
     read_body,
     read_messages,
@@ -80,7 +83,7 @@ def add_chat_page(app, chat, samples, defaults):
             "device": str(chat.device),
             "layers": chat.config.n_layers,
             "settings": defaults,
-            "max_pictures": chat.config.max_seq_len // chat.config.image_tokens,
+            "max_pictures": chat.max_pictures,
             "max_picture_bytes": MAX_PICTURE,
             "samples": sample_questions,
         }
@@ -130,7 +133,7 @@ class ChatAPI:
         """Answers a conversation, as one JSON object or, with "stream", as server-sent events."""
         # read and check the whole request before it queues, so that a bad one is refused at once
         with self.queue.reading():
-            body = read_body(COMPLETION_FIELDS)
+            body = read_body(COMPLETION_FIELDS, NEUTRAL, MARKS)
             self.check_model(body.get("model", self.chat.name))
             options = read_options(body, self.defaults)
             turns, media = read_messages(self.chat, body.pop("messages", None))  # pop: base64 text is large
@@ -279,6 +282,54 @@ def error_response(error):
     if getattr(error, "retry_after", None):
         response.headers["Retry-After"] = str(error.retry_after)
     return response
+
+
+def add_access_rules(app, origins):
+    """Pages of other sites may use the API only if they are among `origins`, as browsers write them; "*" allows all.
+
+    A server for this computer alone refuses their requests, and names that lead here from elsewhere (DNS rebinding): a
+    page that anyone visits could otherwise send its forms here. Programs other than browsers send no Origin.
+    """
+
+    def allowed(origin):
+        return origin in origins or "*" in origins
+
+    @app.before_request
+    def refuse_other_sites():
+        if not is_loopback(request.environ["SERVER_NAME"]):
+            return
+        host = request.headers.get("Host") or "localhost"
+        if not is_loopback(host) and not any(allowed(f"{scheme}://{host}") for scheme in ("http", "https")):
+            raise Forbidden(
+                f"this server is for its own computer, not for requests to {host!r:.80}: "
+                f"to allow them, start it with --cors http://{host:.80}"
+            )
+        origin = request.headers.get("Origin")
+        if origin and origin.partition("://")[2] != host and not allowed(origin):
+            raise Forbidden(
+                f"this server is for its own pages, not for those of {origin!r:.80}: "
+                f"to allow them, start it with --cors {origin:.80}"
+            )
+
+    @app.after_request
+    def allow_other_sites(response):
+        origin = request.headers.get("Origin")
+        if origin and allowed(origin):
+            response.headers["Access-Control-Allow-Origin"] = origin
+            response.headers["Access-Control-Allow-Methods"] = "GET, POST"
+            response.headers["Access-Control-Allow-Headers"] = request.headers.get("Access-Control-Request-Headers", "")
+        if origins:
+            response.vary.add("Origin")
+        return response
+
+
+def is_loopback(host):
+    """Whether a name or address, with or without a port, means the computer itself."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or name.endswith(".localhost") or ipaddress.ip_address(name).is_loopback
+    except ValueError:  # neither
+        return False
 
 
 def add_security_headers(response):

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import threading
+from urllib.parse import unquote
 
 from flask import request
 from PIL import Image, UnidentifiedImageError
@@ -20,17 +21,50 @@ MAX_REQUEST = 28 * MB  # bytes; base64 makes a picture a third larger
 MAX_VIDEO_PIXELS = 1_000_000_000  # of all frames of a video or animation together
 MAX_CHARACTERS = 10_000  # far more than fit into the model's context, which has a check of its own
 
+DEFAULT_QUESTION = "描述这张图片。"  # of a message that has only pictures
+
 ROLES = ("system", "user", "assistant")
 PART_TYPES = ("text", "image_url", "video_url")
+RESPONSES_TYPES = {
+    "input_text": "text",
+    "output_text": "text",
+    "input_image": "image_url",
+}  # OpenAI's other API's names
 VIDEO_TYPES = {"video/mp4": "mp4", "video/quicktime": "mov", "video/webm": "webm"}  # MIME type -> PyAV's format
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow's
 
 # field of a request -> argument of `Chat.stream`: the same name, except for the number of tokens
 OPTIONS = {name: name for name in SETTINGS if name != "max_new_tokens"}
 OPTIONS |= {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
-FIXED_OPTIONS = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False}  # no other value works here
-OTHER_FIELDS = {"model", "messages", "stream", "stream_options", "stop", "user", "return_token_ids"}
-COMPLETION_FIELDS = OTHER_FIELDS | OPTIONS.keys() | FIXED_OPTIONS.keys()
+# OpenAI's other fields: what stands here changes nothing in an answer; null, which is as good as left out, always works
+NEUTRAL = {
+    "n": [1],
+    "frequency_penalty": [0],
+    "presence_penalty": [0],
+    "logit_bias": [{}],
+    "logprobs": [False],
+    "top_logprobs": [0],
+    "response_format": [{"type": "text"}],
+    "modalities": [["text"]],
+    "reasoning_effort": ["none"],
+    "verbosity": ["medium"],
+    "service_tier": ["auto", "default"],
+    "store": [False],
+    "tools": [[]],
+    "tool_choice": ["none", "auto"],
+    "parallel_tool_calls": [True, False],
+    "functions": [[]],
+    "function_call": ["none", "auto"],
+    "audio": [],
+    "moderation": [],
+    "prediction": [],
+    "web_search_options": [],
+}
+# of an assistant's message, as OpenAI's clients send back what they got
+NEUTRAL_IN_MESSAGE = {"refusal": [""], "annotations": [[]], "tool_calls": [[]], "audio": [], "function_call": []}
+# marks for OpenAI's own records and caches
+MARKS = {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"}
+COMPLETION_FIELDS = {"model", "messages", "stream", "stream_options", "stop", "return_token_ids", *OPTIONS}
 
 
 def require(condition, message):
@@ -38,25 +72,39 @@ def require(condition, message):
         raise BadInput(message)
 
 
-def require_known_fields(given, known, what):
-    for name in given:
-        require(name in known, f"{what} has no field {name!r:.50}; it can have {', '.join(sorted(known))}")
+def read_fields(given, known, what, neutral=None, ignored=()):
+    """The fields of a JSON object that are not null, without those in `neutral` and `ignored`; BadInput for unknown ones.
+
+    neutral: name -> the values that ask for nothing; another value is refused rather than ignored without a word.
+    """
+    neutral = neutral or {}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        expected = neutral.get(name, [value])
+        allowed = " or ".join(map(repr, expected)) or "null"
+        require(value in expected, f"{name} can only be {allowed} here, not {value!r:.50}")
+        is_known = name in known or name in neutral or name in ignored
+        require(is_known, f"{what} has no field {name!r:.50}; it can have {', '.join(sorted(known))}")
+    return {name: value for name, value in given.items() if name in known}
 
 
 # --- the request and its options ------------------------------------------------------------------------------------
 
 
-def read_body(known_fields):
-    """The JSON object of the request, without the fields that are null; BadInput if it has any unknown field."""
+def read_body(known, neutral=None, ignored=()):
+    """The JSON object of the request; known, neutral, ignored: as in `read_fields`."""
     if not request.is_json:
         raise UnsupportedMediaType("send JSON, with the header Content-Type: application/json")
+    data = request.get_data(cache=False)
+    request.stream.read(
+        1
+    )  # of a body sent in chunks, the first read gives what is below the limit; this one raises 413
     try:
-        body = json.loads(request.get_data(cache=False))
+        body = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise BadInput(f"the request is not valid JSON ({str(error)[:100]})") from None
     require(isinstance(body, dict), "the request should be a JSON object")
-    require_known_fields(body, known_fields, "the request")
-    return {name: value for name, value in body.items() if value is not None}
+    return read_fields(body, known, "the request", neutral, ignored)
 
 
 def read_options(body, defaults):
@@ -76,9 +124,6 @@ def read_options(body, defaults):
     require(valid, "stop should be a text, or a list of up to four texts, none of them empty")
     options["stop"] = stop
 
-    # refuse what would otherwise be ignored without a word
-    for field, value in FIXED_OPTIONS.items():
-        require(body.get(field, value) == value, f"{field} can only be {value!r} here, not {body.get(field)!r:.50}")
     for field in ("stream", "return_token_ids"):
         value = body.get(field, False)
         require(isinstance(value, bool), f"{field} should be true or false, not {value!r:.50}")
@@ -122,15 +167,18 @@ def read_messages(chat, messages):
         require(characters <= MAX_CHARACTERS, f"the text has over {MAX_CHARACTERS} characters, which is the limit")
         parsed.append((role, text, urls))
 
-    # the model answers the last message, so that has to be a question
-    last_role, last_text, _ = parsed[-1]
+    # the model answers the last message, so that has to be a question; pictures alone ask for what is in them
+    last_role, last_text, last_urls = parsed[-1]
     require(last_role == "user", "the last message should be the user's question")
-    require(last_text.replace("<image>", "").strip(), "the question is empty")
+    pieces = split_at_images(last_text, config.image_special_token)
+    if not "".join(pieces).strip():
+        require(last_urls, "the question is empty")
+        parsed[-1] = last_role, "<image>\n" * (len(pieces) - 1) + DEFAULT_QUESTION, last_urls
 
     # count the pictures before decoding them, which takes time and memory
     sent = sum(len(urls) for _, _, urls in parsed)
-    max_pictures = config.max_seq_len // config.image_tokens
-    require(sent <= max_pictures, f"{sent} pictures were sent, but the model's context holds {max_pictures} at most")
+    limit = f"but the model's context holds {chat.max_pictures} at most"
+    require(sent <= chat.max_pictures, f"{sent} pictures were sent, {limit}")
 
     # decode them message by message: a text must have as many <image> as its own message has pictures and frames
     turns = []
@@ -142,14 +190,20 @@ def read_messages(chat, messages):
             own_frames += len(frames)
             media.append(frames)
         turns += as_conversation(text, own_frames, config) if role == "user" else [(role, text)]
+    sent = len(all_frames(media))
+    require(sent <= chat.max_pictures, f"the pictures and videos have {sent} frames together, {limit}")
     return turns, media
 
 
 def read_message(message, placeholder):
     """One message -> (role, text, [(part type, URL) of each picture and video])."""
     require(isinstance(message, dict), "each message should be an object with role and content")
-    require_known_fields(message, {"role", "content", "name"}, "a message")
+    known = {"role", "content", "name"}
+    message = read_fields(
+        message, known, "a message", NEUTRAL_IN_MESSAGE, ignored={"token_ids"}
+    )  # our own, content too
     role = message.get("role")
+    role = "system" if role == "developer" else role
     require(role in ROLES, f"role should be one of {', '.join(ROLES)}, not {role!r:.50}")
     text, urls = read_content(message.get("content"))
 
@@ -170,6 +224,8 @@ def read_content(content):
     urls = []
     for part in content:
         part_type = part.get("type") if isinstance(part, dict) else None
+        if isinstance(part_type, str):
+            part_type = RESPONSES_TYPES.get(part_type, part_type)
         require(
             part_type in PART_TYPES,
             f"parts of type {part_type!r:.50} are not supported, only {', '.join(PART_TYPES)}",
@@ -179,7 +235,7 @@ def read_content(content):
             require(isinstance(value, str), "a part of type text should have a string under text")
             texts.append(value)
         else:
-            url = value.get("url") if isinstance(value, dict) else None
+            url = value.get("url") if isinstance(value, dict) else value
             require(isinstance(url, str), f"a part of type {part_type} should have a string under {part_type}.url")
             urls.append((part_type, url))
 
@@ -208,7 +264,8 @@ def read_medium(chat, part_type, url, number):
     number: its place among the request's pictures and videos, for error messages.
     """
     # the URL alone shows some problems, without any decoding
-    head, _, data = url.partition(",")
+    head, _, data = url.strip().partition(",")
+    head = head.lower()
     require(head.startswith("data:"), f"picture {number}: only data: URLs are supported, this server downloads nothing")
     if len(data) * 3 // 4 > MAX_PICTURE:
         raise RequestEntityTooLarge(f"picture {number} is over {MAX_PICTURE // MB} MB: send a smaller one")
@@ -216,7 +273,7 @@ def read_medium(chat, part_type, url, number):
 
     with decoding:
         try:
-            file = io.BytesIO(base64.b64decode(data, validate=True))
+            file = io.BytesIO(decode_base64(data))
         except ValueError:
             raise BadInput(f"picture {number}: its base64 is invalid") from None
 
@@ -232,6 +289,12 @@ def read_medium(chat, part_type, url, number):
             ) from None
         except Exception as error:  # noqa: BLE001  Pillow's decoders raise all sorts of things on broken files
             raise BadInput(f"picture {number} can't be read: {str(error)[:100]}") from None
+
+
+def decode_base64(text):
+    """The bytes of a base64 text as clients write it: with line breaks, without padding, escaped or made for URLs."""
+    text = "".join(unquote(text).split()).translate(str.maketrans("-_", "+/", "="))
+    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
 
 def decode_frames(chat, part_type, file, mime_type):

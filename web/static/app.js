@@ -20,7 +20,7 @@ const TEXTS = {
     layer: "层", mean: "各层平均", share: (percent) => `这一步有 ${percent}% 的注意力在这里`,
     pick: "把指针移到、点按答案里的词，或用方向键选词。亮处是写下这个词的那一步注意力所在的图块（7×7，各头平均，相对最亮的一块）。注意力说明信息从哪里读来，并不说明模型为什么这样回答。",
     parameters: (n) => `${n}M 参数`, too_big: (name, mb) => `${name} 超过 ${mb} MB，请换一张小一些的。`,
-    too_many: (n) => `模型一次最多看 ${n} 张图片。`, not_picture: (name) => `${name} 不是图片，也不是视频。`, describe: "描述这张图片。",
+    too_many: (n) => `模型一次最多看 ${n} 张图片。`, nothing: "（模型什么也没写。）", ask_alone: "描述这张图片。", not_picture: (name) => `${name} 不是图片，也不是视频。`, describe: "描述这张图片。",
   },
   en: {
     clear: "Clear chat", settings: "Answer settings", training: "Training curves",
@@ -37,7 +37,7 @@ const TEXTS = {
     layer: "Layer", mean: "mean of all layers", share: (percent) => `${percent}% of this step's attention is here`,
     pick: "Point at or tap a word of the answer, or use the arrow keys. Bright patches are where the model's attention went at the step that wrote this word (7×7 patches, averaged over heads, relative to the brightest). Attention shows where information was read from, not why the model gave this answer.",
     parameters: (n) => `${n}M parameters`, too_big: (name, mb) => `${name} is larger than ${mb} MB: pick a smaller one.`,
-    too_many: (n) => `The model sees at most ${n} pictures at a time.`, not_picture: (name) => `${name} is neither a picture nor a video.`, describe: "描述这张图片。",
+    too_many: (n) => `The model sees at most ${n} pictures at a time.`, nothing: "(The model wrote nothing.)", ask_alone: "Describe this picture.", not_picture: (name) => `${name} is neither a picture nor a video.`, describe: "描述这张图片。",
   },
 };
 
@@ -210,6 +210,10 @@ class Exchange {
       this.bubble.classList.add("bad");
       this.bubble.textContent = this.problem;
     }
+    if (!this.problem && !this.text.trim()) {
+      const note = this.finishReason === "stopped" ? "stopped" : "nothing";
+      this.bubble.append(make("span", { data: { text: note }, textContent: t(note) }));
+    }
     active = null;
     showSendButton();
     this.showTools();
@@ -367,11 +371,12 @@ function showSendButton() {
 
 function ask(question) {
   if (active || !info) return;
-  if (!question.trim()) {
+  const text = question.trim() || (pictures.length ? t("ask_alone") : "");
+  if (!text) {
     notice(t("empty"));
     return;
   }
-  const exchange = new Exchange(question.trim(), [...pictures]);
+  const exchange = new Exchange(text, [...pictures]);
   exchanges.push(exchange);
   $("welcome").hidden = true;
   $("log").append(exchange.element);
