@@ -16,11 +16,10 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image
 
 from model.errors import BadInput
 from model.files import refuse_lfs_pointer, stamp
-from model.images import read_pixels
+from model.images import open_picture, read_pixels
 
 COCO_PREFIX = "COCO_train2014_"
 MAX_FOLDERS = 32  # in which names are looked for, as that takes time
@@ -118,7 +117,7 @@ class PictureArchive:
 
     def read_pixels(self, name, size):
         """A picture as uint8 pixels (3, size, size). BadRecord if it is missing or damaged."""
-        return read_pixels(f"{self.path}/{name}", size, lambda _: Image.open(io.BytesIO(self.read(name))))
+        return read_pixels(f"{self.path}/{name}", size, lambda _: open_picture(io.BytesIO(self.read(name))))
 
     def fingerprint(self, name):
         """A text that changes when the archive does."""
