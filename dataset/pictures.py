@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import struct
 import tarfile
 import unicodedata
@@ -180,6 +181,11 @@ def name_hash(name):
 # --- names in records -> names of files -----------------------------------------------------------------------------
 
 
+def can_shorten(names):
+    """Whether these different names are still different without the folders in them."""
+    return len({re.split(r"[/\\]", name)[-1] for name in names}) == len(names)
+
+
 def find_file(pictures, name, may_shorten):
     """The name of the file that a record's name means; the name as it is, if none is found.
 
@@ -188,16 +194,25 @@ def find_file(pictures, name, may_shorten):
     """
     spellings = [name, name.replace("\\", "/")]
     spellings += [unicodedata.normalize(form, spellings[-1]) for form in ("NFC", "NFD")]
-    path = PurePosixPath(spellings[1])
+    places = [spellings]
     if may_shorten:
-        spellings += [str(PurePosixPath(*path.parts[dropped:])) for dropped in range(len(path.parts))]
-    for candidate in dict.fromkeys(spellings):
-        for spelling in (candidate, with_prefix(candidate)):
+        paths = [PurePosixPath(spelling).parts for spelling in spellings[1:]]
+        places += [[str(PurePosixPath(*parts[dropped:])) for parts in paths] for dropped in range(len(paths[0]))]
+    for place in places:
+        if found := first_there(pictures, place):
+            return found
+    deeper = [[f"{folder}/{spelling}" for spelling in spellings[1:]] for folder in pictures.folders]
+    found = [there for place in deeper if (there := first_there(pictures, place))]
+    return found[0] if len(found) == 1 else name
+
+
+def first_there(pictures, names):
+    """The first of several names under which there is a picture, with COCO's prefix or without; None if there is none."""
+    for name in dict.fromkeys(names):
+        for spelling in (name, with_prefix(name)):
             if pictures.has(spelling):
                 return spelling
-    deeper = [f"{folder}/{name}" for folder in pictures.folders]
-    found = [spelling for path in deeper for spelling in (path, with_prefix(path)) if pictures.has(spelling)]
-    return found[0] if len(found) == 1 else name
+    return None
 
 
 def with_prefix(name):

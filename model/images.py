@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 from functools import partial
 from pathlib import Path
 
@@ -108,6 +109,8 @@ def opened(path, opener=open_picture):
         why = getattr(error, "strerror", None) or error
         if isinstance(error, UnidentifiedImageError):
             why = "not a known picture format"
+        elif re.match(r"\w{2,}:/", str(path)):
+            why = "it is a URL, and nothing is downloaded"
         path = str(path) if len(str(path)) < 200 else f"{str(path)[:200]}..."  # as of a picture given as text
         reason = "picture missing" if isinstance(error, FileNotFoundError) else "picture unreadable"
         raise BadRecord(reason, f"{path} could not be read as a picture ({why}): replace it or leave it out") from None

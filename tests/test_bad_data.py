@@ -180,6 +180,21 @@ WRONG = {  # record -> the reason that is counted, and what the message says
         "images and <image> differ",
         "2 images, but 1 <image>",
     ),
+    "a URL": (
+        {"image": "https://example.com/a,b.jpg", "conversations": talk("<image>", "x")},
+        "picture is a URL",
+        "the picture 'https://example.com/a' is a URL, and nothing is downloaded: save the file",
+    ),
+    "a picture as text": (
+        {"image": "data:image/png;base64,AAAA", "conversations": talk("<image>", "x")},
+        "picture is a URL",
+        "is a URL, and nothing is downloaded",
+    ),
+    "a comma in a name": (
+        {"image": "a,b.png", "conversations": talk("<image>", "x")},
+        "images and <image> differ",
+        "a comma separates names, so put a name that has one into a list",
+    ),
     "answer truncated": (
         {"image": "", "conversations": talk("圆" * 600, "x")},
         "answer beyond --max_seq_len",

@@ -5,6 +5,7 @@ import io
 import itertools
 import random
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,6 +126,8 @@ def test_unreadable_videos_are_reported(tmp_path, monkeypatch):
     for path, says in (
         (broken, "broken.mp4 could not be read as a picture .Invalid data"),
         (tmp_path / "nowhere.webm", "nowhere.webm could not be read as a picture .No such file"),
+        ("https://example.com/a.webm", "could not be read as a picture .it is a URL, and nothing is downloaded"),
+        (Path("https://example.com/a.png"), "could not be read as a picture .it is a URL, and nothing is downloaded"),
     ):
         with pytest.raises(BadInput, match=says):
             read_frames(path, 32, 8)

@@ -100,6 +100,19 @@ def test_several_pictures_in_one_question(place):
     ]
 
 
+def test_names_of_other_systems_are_found_as_training_finds_them(place, tokenizer):
+    """A Mac takes letters apart, Windows writes backslashes and drives."""
+    for name in ("Cafe\u0301.png", "B\u00fccher.png", "it's.png"):
+        Image.new("RGB", (40, 30), "red").save(place / "photos" / name)
+    (place / "photos" / "de\u0301ja\u0300").mkdir()
+    Image.new("RGB", (40, 30), "red").save(place / "photos" / "de\u0301ja\u0300" / "vu.png")
+    names = ["Caf\u00e9.png", "Bu\u0308cher.png", "it's.png", "d\u00e9j\u00e0\\vu.png", r"C:\Users\me\photos\a.png"]
+    records = converted("my.csv", "image,caption\n" + "".join(f"{name},red\n" for name in names))
+    assert [one["image"] for one in records] == names
+    data = VLMDataset("my.json", "photos", tokenizer, LMConfig(**tokenizer_fields(tokenizer)), 512, 32)
+    assert all(data[i]["problems"] == [] for i in range(5))
+
+
 def test_what_is_written_is_what_training_reads(place, tokenizer):
     converted("my.csv", 'image,caption\na.png,red\n"a.png, b.jpg",both red\n')
     data = VLMDataset("my.json", "photos", tokenizer, LMConfig(**tokenizer_fields(tokenizer)), 512, 32)
@@ -124,8 +137,14 @@ HEADER = "image,caption,question\n"
         ("my.csv", HEADER + "\n,red\n", "line 3: 'image' names no picture"),
         ("my.csv", HEADER + "c.png,red\n", r"line 2: photos/c.png .*No such file"),
         ("my.csv", HEADER + f"{'long ' * 60},red\n", r"line 2: photos/long .*too long"),
-        ("my.csv", HEADER + "notes.txt,red\n", r"line 2: photos/notes.txt could not .* JPEG or PNG"),
+        ("my.csv", HEADER + "notes.txt,red\n", r"line 2: photos/notes.txt could not .*not a known picture format"),
         ("my.csv", HEADER + '"c, d.png",red\n', "line 2: rename the picture 'c, d.png'"),
+        ("my.csv", HEADER + '"e,f.png",red\n', "line 2: rename the picture 'e,f.png'"),
+        (
+            "my.csv",
+            HEADER + "https://example.com/a.png,red\n",
+            "line 2: the picture 'https://example.com/a.png' is a URL",
+        ),
         ("my.csv", HEADER + '"a.png, b.jpg",red,"And <image>?"\n', "line 2: 2 images, but 1 <image>"),
         ("my.csv", HEADER + 'a.png,red\na.png,"red\na.png,blue\n', "line 3: a missing or extra quotation mark"),
         ("my.csv", HEADER + "a.png,red,What?,or\n", "line 2: more cells"),
@@ -140,7 +159,8 @@ HEADER = "image,caption,question\n"
 )
 def test_errors_name_their_line_and_nothing_is_written(place, name, content, message):
     (place / "photos" / "notes.txt").write_text("no picture")
-    Image.new("RGB", (8, 8)).save(place / "photos" / "c, d.png")
+    for picture in ("c, d.png", "e,f.png"):
+        Image.new("RGB", (8, 8)).save(place / "photos" / picture)
     (place / "my.json").write_text("precious")
     with pytest.raises(BadInput, match=message) as problem:
         converted(name, content)
