@@ -23,16 +23,22 @@ import os
 import shlex
 from pathlib import Path
 
+from model.arguments import TOKENIZER_PATH
+from model.checkpoint import load_tokenizer
+from model.conversation import tokenizer_fields
 from model.errors import BadInput, BadRecord, run_script
 from model.files import write_atomically
 from model.images import opened
 from model.LMConfig import LMConfig
+from model.stages import DEMO_MODEL
 
+from .dataset import VLMDataset
 from .pictures import can_shorten, find_file, open_pictures
 from .records import CAPTION_PROMPT, TALK_KEYS, make_record, parse_record
 from .source import Source
 
 COLUMNS = ("image", "caption", "answer", "question")
+ANY_LENGTH = 2**30  # tokens of a record; training has a limit
 MAX_SHOWN = 10  # bad lines that are listed
 SETTINGS = "--learning_rate 5e-5 --epochs 10"  # dataset/README.md, 'Your own pictures'
 
@@ -204,6 +210,12 @@ def main():
     parser.add_argument("folder", type=Path, help="the folder of its pictures")
     parser.add_argument("target", type=Path, help="the JSON file to write")
     parser.add_argument("--question", default=CAPTION_PROMPT, help="for rows that have none (default %(default)s)")
+    there = [path for path in (TOKENIZER_PATH, DEMO_MODEL["tokenizer_path"]) if Path(path, "tokenizer.json").exists()]
+    parser.add_argument(
+        "--tokenizer_path",
+        default=next(iter(there), None),
+        help="folder of the tokenizer, to tell how well it knows the answers' characters (default %(default)s)",
+    )
     args = parser.parse_args()
     records, num_pictures, unused = convert(args.source, args.folder, args.question)
 
@@ -215,6 +227,14 @@ def main():
         write_atomically(args.target, lambda f: f.write(content))
     except OSError as error:
         raise BadInput(f"{args.target} could not be written ({error.strerror})") from None
+
+    # what training will say of the texts, with the tokenizer that is there
+    if args.tokenizer_path:
+        tokenizer = load_tokenizer(args.tokenizer_path)
+        config = LMConfig(**tokenizer_fields(tokenizer))
+        lenient = {"strict": False, "max_fraction": 1.0}
+        dataset = VLMDataset(args.target, args.folder, tokenizer, config, ANY_LENGTH, 1, **lenient)
+        print(f"with the tokenizer in {args.tokenizer_path}: {dataset.describe()}")
 
     # the summary ends with the next command to run
     data_flags = shlex.join(["--data_path", str(args.target), "--images_path", str(args.folder)])

@@ -5,7 +5,7 @@ import shlex
 import sys
 
 import pytest
-from helpers import run_python, save_random_vlm
+from helpers import ROOT, run_python, save_random_vlm
 from PIL import Image
 
 from dataset import convert, demo
@@ -53,8 +53,8 @@ def test_captions_as_a_spreadsheet_writes_them(place, capsys):
         ("a.png", asked, '红色，\n"亮"的'),
         ("two words.png", asked, "A red one, it is"),
     ]
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1 and "wrote my.json: 2 records about 2 pictures" in out
+    out = capsys.readouterr().out.splitlines()[-1]
+    assert out.startswith("wrote my.json: 2 records about 2 pictures")
     assert (
         "not used: date" in out and "python 2-sft_vlm.py" in out and "--data_path my.json --images_path photos" in out
     )
@@ -167,6 +167,16 @@ def test_errors_name_their_line_and_nothing_is_written(place, name, content, mes
     assert "\n" not in str(problem.value)
     assert (place / "my.json").read_text() == "precious"
     assert sorted(path.name for path in place.iterdir()) == sorted(["photos", "my.json", name])
+
+
+def test_characters_that_the_tokenizer_does_not_know_are_told(place, capsys):
+    tokenizer = ["--tokenizer_path", str(ROOT / "model" / "demo")]
+    for answer, share, warns in (("黄色", "0.0%", False), ("樱桃树开花了。", "88.9%", True)):
+        converted("my.csv", f"image,caption\na.png,{answer}\n", *tokenizer)
+        out = capsys.readouterr().out
+        assert f"in answers, {share} of which are only parts of a character" in out
+        assert ("\nwarning: the tokenizer doesn't know many characters of these answers" in out) == warns
+        assert out.splitlines()[-1].startswith("wrote my.json")
 
 
 def test_ten_bad_lines_are_listed_and_the_rest_counted(place):
