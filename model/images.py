@@ -32,7 +32,10 @@ def to_rgb(image):
 
     ValueError if it has grey values of which nothing says what is white.
     """
-    # load first: TIFF turns the picture while it loads, and only then does EXIF say what is left to do
+    # load first: TIFF turns the picture while it loads, and only then does EXIF say what is left to do; without its name
+    # it is not mapped into memory, where Pillow mixes up width and height of one to be turned
+    if image.format == "TIFF":
+        image.filename = ""
     image.load()
     # not ImageOps.exif_transpose: it rewrites all of EXIF and fails on malformed tags
     transposition = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))

@@ -73,6 +73,13 @@ def turned_while_loading(path):
         image.convert("RGB").save(path, tiffinfo={274: 6})
 
 
+def turned_grey(path):
+    """Wide, uncompressed and grey: black at the left, and white."""
+    image = Image.new("L", (60, 40), "white")
+    image.paste(0, (0, 0, 30, 40))
+    image.save(path, tiffinfo={274: 6})
+
+
 def turned_by_its_box(path):
     """The same as an AVIF, which keeps the rotation in a box of its own."""
     turned(path.with_suffix(".jpg"))
@@ -121,6 +128,7 @@ USED = {  # how a picture is made, and what is seen in the middle of its upper a
     "turned.jpg": (turned, RED, (255,) * 3),
     "turned_oddly.jpg": (turned_oddly, RED, (255,) * 3),
     "turned_while_loading.tiff": (turned_while_loading, RED, (255,) * 3),
+    "turned_grey.tiff": (turned_grey, (0,) * 3, (255,) * 3),
     "turned_by_its_box.avif": (turned_by_its_box, RED, (255,) * 3),
     "moving.gif": (
         lambda path: red("RGB").save(path, save_all=True, append_images=[Image.new("RGB", (40, 30), "blue")]),
