@@ -217,6 +217,7 @@ def main():
         help="folder of the tokenizer, to tell how well it knows the answers' characters (default %(default)s)",
     )
     args = parser.parse_args()
+    tokenizer = load_tokenizer(args.tokenizer_path) if args.tokenizer_path else None
     records, num_pictures, unused = convert(args.source, args.folder, args.question)
 
     # write to a temporary file and rename, never over the source
@@ -229,8 +230,7 @@ def main():
         raise BadInput(f"{args.target} could not be written ({error.strerror})") from None
 
     # what training will say of the texts, with the tokenizer that is there
-    if args.tokenizer_path:
-        tokenizer = load_tokenizer(args.tokenizer_path)
+    if tokenizer:
         config = LMConfig(**tokenizer_fields(tokenizer))
         lenient = {"strict": False, "max_fraction": 1.0}
         dataset = VLMDataset(args.target, args.folder, tokenizer, config, ANY_LENGTH, 1, **lenient)

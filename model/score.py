@@ -37,7 +37,10 @@ def score(chat, data_path, images_path, out_dir=None, seed=0):
             raise BadInput(f"{where}: to score, a record needs a question with a picture")
         kind = record.get("kind")
         kinds.append(kind if isinstance(kind, str) else "question")
-        questions.append(chat.encode_prompt(turns[:length])[0].tolist())
+        try:
+            questions.append(chat.encode_prompt(turns[:length])[0].tolist())
+        except BadInput as problem:
+            raise BadInput(f"{where}: {problem}") from None
         labels.append(turns[length][1])
         names.append(tuple(images[:num_pictures]))
 

@@ -292,6 +292,8 @@ def test_score_asks_the_first_question_with_a_picture(chat, pictures, tmp_path):
         ({"image": [], "conversations": conversations[:2]}, "record 2: to score, a record needs a question with a pict"),
         ({"image": ["a"] * 2, "conversations": [{"role": "user", "content": "<image><image>?"}, conversations[1]]},
          "score.json: to score, there should be questions, all with the same number of pictures"),
+        ({"image": ["a"], "conversations": [{"role": "user", "content": "<image>" + "字" * 90}, conversations[1]]},
+         "record 2: the question has .* tokens, the model reads at most 128"),
     ):  # fmt: skip
         file.write_text(json.dumps([*records, wrong]), encoding="utf-8")
         with pytest.raises(BadInput, match=says):
