@@ -204,6 +204,12 @@ def convert(source, folder, default_question):
     return records, len(problem_of), sorted(unused)
 
 
+def quoted(path):
+    """A path for a command line: in double quotes if it needs any, as Windows knows no single ones."""
+    word = shlex.quote(str(path))
+    return word if word == str(path) or set(str(path)) & set('"$`!') else f'"{path}"'
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="the CSV or JSON file")
@@ -237,7 +243,7 @@ def main():
         print(f"with the tokenizer in {args.tokenizer_path}: {dataset.describe()}")
 
     # the summary ends with the next command to run
-    data_flags = shlex.join(["--data_path", str(args.target), "--images_path", str(args.folder)])
+    data_flags = f"--data_path {quoted(args.target)} --images_path {quoted(args.folder)}"
     not_used = f" (columns not used: {', '.join(unused)})" if unused else ""
     print(
         f"wrote {args.target}: {len(records)} records about {num_pictures} pictures{not_used}; next: "

@@ -179,6 +179,23 @@ def test_characters_that_the_tokenizer_does_not_know_are_told(place, capsys):
         assert out.splitlines()[-1].startswith("wrote my.json")
 
 
+def test_the_next_command_can_be_pasted_on_windows_too(place, capsys):
+    """Its shells know no single quotes; double ones are for all."""
+    (place / "photos").rename("my photos")
+    for folder, target, flags in (
+        ("my photos", "it's.json", """--data_path "it's.json" --images_path "my photos" """),
+        ("my photos", "a\\b.json", """--data_path "a\\b.json" --images_path "my photos" """),
+        ("my photos", "$1.json", """--data_path '$1.json' --images_path "my photos" """),
+    ):
+        (place / "my.csv").write_text("image,caption\na.png,red\n")
+        arguments = ["convert", "my.csv", folder, target]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", arguments)
+            convert.main()
+        assert flags in capsys.readouterr().out and (place / target).exists()
+        assert shlex.split(flags)[1::2] == [target, folder]
+
+
 def test_ten_bad_lines_are_listed_and_the_rest_counted(place):
     rows = "".join(f"{i}.png,red\na.png,red\n" for i in range(13))
     with pytest.raises(BadInput) as problem:
