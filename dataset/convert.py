@@ -17,23 +17,28 @@ import argparse
 import codecs
 import contextlib
 import csv
-import functools
 import io
 import json
 import os
 import shlex
 from pathlib import Path
 
-from PIL import Image
-
+from model.arguments import TOKENIZER_PATH
+from model.checkpoint import load_tokenizer
+from model.conversation import tokenizer_fields
 from model.errors import BadInput, BadRecord, run_script
 from model.files import write_atomically
+from model.images import Preprocess, opened
 from model.LMConfig import LMConfig
+from model.stages import DEMO_MODEL
 
+from .dataset import VLMDataset
+from .pictures import can_shorten, find_file, open_pictures
 from .records import CAPTION_PROMPT, TALK_KEYS, make_record, parse_record
 from .source import Source
 
 COLUMNS = ("image", "caption", "answer", "question")
+ANY_LENGTH = 2**30  # tokens of a record; training has a limit
 MAX_SHOWN = 10  # bad lines that are listed
 SETTINGS = "--learning_rate 5e-5 --epochs 10"  # dataset/README.md, 'Your own pictures'
 
@@ -134,24 +139,18 @@ def to_record(row, where, default_question):
 def picture_problem(path):
     """Why Pillow can't open a picture, or None."""
     try:
-        with Image.open(path):
+        with opened(path):
             return None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        why = getattr(error, "strerror", None) or "save it as JPEG or PNG"
-        return f"{path} could not be opened as a picture ({why})"
+    except BadRecord as problem:
+        return str(problem)
 
 
-def validated_names(record, where, folder, placeholder, problem_of):
+def validated_names(row, record, where, folder, placeholder):
     """The names of a record's pictures. BadInput if training could not use the record."""
-    _, names = parse_record(record, where, placeholder)
-    joined = ", ".join(names)
-    if len(names) > 1 and os.path.isfile(folder / joined):
-        raise BadInput(f"{where}: rename the picture {joined!r}: a comma separates two names")
-    for name in names:
-        problem = problem_of(folder / name)
-        if problem:
-            raise BadInput(f"{where}: {problem}")
-    return names
+    text = row.get("image")
+    if isinstance(text, str) and "," in text and os.path.isfile(folder / text.strip()):
+        raise BadInput(f"{where}: rename the picture {text.strip()!r}: a comma separates two names")
+    return parse_record(record, where, placeholder)[1]
 
 
 # --- all of it ------------------------------------------------------------------------------------------------------
@@ -168,12 +167,11 @@ def convert(source, folder, default_question):
         raise BadInput(f"{folder} is not a folder: after the file of texts, name the folder of the pictures")
 
     placeholder = LMConfig().image_special_token
-    problem_of = functools.cache(picture_problem)  # open each picture once, however many rows name it
     records = []
-    pictures = set()
+    names_of = {}  # number of a row -> (where it is, the names of its pictures)
     unused = set()
-    problems = []
-    for where, row in rows:
+    problems = []  # with the numbers of their rows
+    for number, (where, row) in enumerate(rows):
         try:
             # every row becomes a record that training would accept, or an error
             if is_json:
@@ -181,20 +179,35 @@ def convert(source, folder, default_question):
             is_ready = any(key in row for key in TALK_KEYS)
             record = row if is_ready else to_record(row, where, default_question)
             records.append(record)
-            pictures.update(validated_names(record, where, folder, placeholder, problem_of))
+            names_of[number] = where, validated_names(row, record, where, folder, placeholder)
             if not is_ready:
                 unused.update(row.keys() - {*COLUMNS, None, ""})
         except BadInput as problem:
             # collect errors, so that they can all be fixed at once
-            problems.append(str(problem))
+            problems.append((number, str(problem)))
 
-    if len(problems) > MAX_SHOWN:
-        problems[MAX_SHOWN:] = [f"and {len(problems) - MAX_SHOWN} more"]
-    if problems:
-        raise BadInput("\n".join(problems))
+    # each picture is opened once, however many rows name it, and found as training finds it
+    pictures = open_pictures(folder)
+    names = {name for _, names in names_of.values() for name in names}
+    may_shorten = can_shorten(names)
+    problem_of = {name: picture_problem(folder / find_file(pictures, name, may_shorten)) for name in names}
+    for number, (where, names) in names_of.items():
+        problems += [(number, f"{where}: {problem_of[name]}") for name in names if problem_of[name]][:1]
+
+    lines = [line for _, line in sorted(problems)]
+    if len(lines) > MAX_SHOWN:
+        lines[MAX_SHOWN:] = [f"and {len(lines) - MAX_SHOWN} more"]
+    if lines:
+        raise BadInput("\n".join(lines))
     if not records:
         raise BadInput(f"{source} has no rows to convert")
-    return records, len(pictures), sorted(unused)
+    return records, len(problem_of), sorted(unused)
+
+
+def quoted(path):
+    """A path for a command line: in double quotes if it needs any, as Windows knows no single ones."""
+    word = shlex.quote(str(path))
+    return word if word == str(path) or set(str(path)) & set('"$`!') else f'"{path}"'
 
 
 def main():
@@ -203,7 +216,14 @@ def main():
     parser.add_argument("folder", type=Path, help="the folder of its pictures")
     parser.add_argument("target", type=Path, help="the JSON file to write")
     parser.add_argument("--question", default=CAPTION_PROMPT, help="for rows that have none (default %(default)s)")
+    there = [path for path in (TOKENIZER_PATH, DEMO_MODEL["tokenizer_path"]) if Path(path, "tokenizer.json").exists()]
+    parser.add_argument(
+        "--tokenizer_path",
+        default=next(iter(there), None),
+        help="folder of the tokenizer, to tell how well it knows the answers' characters (default %(default)s)",
+    )
     args = parser.parse_args()
+    tokenizer = load_tokenizer(args.tokenizer_path) if args.tokenizer_path else None
     records, num_pictures, unused = convert(args.source, args.folder, args.question)
 
     # write to a temporary file and rename, never over the source
@@ -215,8 +235,15 @@ def main():
     except OSError as error:
         raise BadInput(f"{args.target} could not be written ({error.strerror})") from None
 
+    # what training will say of the texts, with the tokenizer that is there
+    if tokenizer:
+        config = LMConfig(**tokenizer_fields(tokenizer))
+        lenient = {"strict": False, "max_fraction": 1.0}
+        dataset = VLMDataset(args.target, args.folder, tokenizer, config, ANY_LENGTH, Preprocess(), **lenient)
+        print(f"with the tokenizer in {args.tokenizer_path}: {dataset.describe()}")
+
     # the summary ends with the next command to run
-    data_flags = shlex.join(["--data_path", str(args.target), "--images_path", str(args.folder)])
+    data_flags = f"--data_path {quoted(args.target)} --images_path {quoted(args.folder)}"
     not_used = f" (columns not used: {', '.join(unused)})" if unused else ""
     print(
         f"wrote {args.target}: {len(records)} records about {num_pictures} pictures{not_used}; next: "

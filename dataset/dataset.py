@@ -37,6 +37,7 @@ from .source import Source, place_inside
 
 FORMAT = 2  # version of the file in which tokens are kept
 BLOCK = 4096  # records that are tokenised at once
+MAX_PARTIAL = 1 / 3  # of the answer tokens that are only parts of a character, without a warning
 MAX_BAD_IN_A_ROW = 100  # unusable records that are skipped in search of the next good one
 
 
@@ -260,13 +261,21 @@ class VLMDataset(Dataset):
         return np.diff(self.ids.offsets)
 
     def describe(self):
-        """What was found, in a line for people: form, records, pictures, tokens."""
+        """What was found, in a line for people: form, records, pictures, tokens; and a warning if the tokenizer doesn't fit."""
         text_only = int((np.diff(self.image_rows.offsets) == 0).sum())
         answers = int(self.is_answer.values.sum())
-        return (
+        partial = self.num_partial / answers
+        line = (
             f"{self.source} ({self.source.describe()}): {self.problems.total:,} records, {len(self):,} usable, "
             f"{text_only:,} of them text only; {len(self.image_names):,} pictures; {self.lengths.sum():,} tokens, "
-            f"{answers:,} of them in answers, {self.num_partial / answers:.1%} of which are only parts of a character"
+            f"{answers:,} of them in answers, {partial:.1%} of which are only parts of a character"
+        )
+        if partial < MAX_PARTIAL:
+            return line
+        return (
+            f"{line}\nwarning: the tokenizer doesn't know many characters of these answers and writes them in bytes, of "
+            "which a small model makes broken characters: use a tokenizer made for this language, and weights trained "
+            "with it (README, 'Train it for real')"
         )
 
     def image_name(self, row):

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from model.errors import BadInput
 from model.files import stamp
+from model.images import open_picture
 
 from .records import PICTURE_KEYS, TALK_KEYS, as_record
 
@@ -214,4 +215,4 @@ class Rows:
 
     def open_picture(self, row, number):
         """One picture of a row as a Pillow image."""
-        return Image.open(io.BytesIO(self.column("pictures")[row].values[number].as_py()))
+        return open_picture(io.BytesIO(self.column("pictures")[row].values[number].as_py()))

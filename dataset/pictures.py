@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import struct
 import tarfile
 import unicodedata
@@ -16,11 +17,10 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image
 
 from model.errors import BadInput
 from model.files import refuse_lfs_pointer, stamp
-from model.images import read_pixels
+from model.images import open_picture, read_pixels
 
 COCO_PREFIX = "COCO_train2014_"
 MAX_FOLDERS = 32  # in which names are looked for, as that takes time
@@ -118,7 +118,7 @@ class PictureArchive:
 
     def read_pixels(self, name, preprocess):
         """A picture as uint8 pixels (3, size, size). BadRecord if it is missing or damaged."""
-        return read_pixels(f"{self.path}/{name}", preprocess, lambda _: Image.open(io.BytesIO(self.read(name))))
+        return read_pixels(f"{self.path}/{name}", preprocess, lambda _: open_picture(io.BytesIO(self.read(name))))
 
     def fingerprint(self, name):
         """A text that changes when the archive does."""
@@ -181,6 +181,11 @@ def name_hash(name):
 # --- names in records -> names of files -----------------------------------------------------------------------------
 
 
+def can_shorten(names):
+    """Whether these different names are still different without the folders in them."""
+    return len({re.split(r"[/\\]", name)[-1] for name in names}) == len(names)
+
+
 def find_file(pictures, name, may_shorten):
     """The name of the file that a record's name means; the name as it is, if none is found.
 
@@ -189,16 +194,25 @@ def find_file(pictures, name, may_shorten):
     """
     spellings = [name, name.replace("\\", "/")]
     spellings += [unicodedata.normalize(form, spellings[-1]) for form in ("NFC", "NFD")]
-    path = PurePosixPath(spellings[1])
+    places = [spellings]
     if may_shorten:
-        spellings += [str(PurePosixPath(*path.parts[dropped:])) for dropped in range(len(path.parts))]
-    for candidate in dict.fromkeys(spellings):
-        for spelling in (candidate, with_prefix(candidate)):
+        paths = [PurePosixPath(spelling).parts for spelling in spellings[1:]]
+        places += [[str(PurePosixPath(*parts[dropped:])) for parts in paths] for dropped in range(len(paths[0]))]
+    for place in places:
+        if found := first_there(pictures, place):
+            return found
+    deeper = [[f"{folder}/{spelling}" for spelling in spellings[1:]] for folder in pictures.folders]
+    found = [there for place in deeper if (there := first_there(pictures, place))]
+    return found[0] if len(found) == 1 else name
+
+
+def first_there(pictures, names):
+    """The first of several names under which there is a picture, with COCO's prefix or without; None if there is none."""
+    for name in dict.fromkeys(names):
+        for spelling in (name, with_prefix(name)):
             if pictures.has(spelling):
                 return spelling
-    deeper = [f"{folder}/{name}" for folder in pictures.folders]
-    found = [spelling for path in deeper for spelling in (path, with_prefix(path)) if pictures.has(spelling)]
-    return found[0] if len(found) == 1 else name
+    return None
 
 
 def with_prefix(name):

@@ -7,6 +7,7 @@ The one form (dataset/README.md has the others):
 """
 
 import json
+import re
 from itertools import islice
 
 from model.conversation import split_at_images
@@ -16,6 +17,7 @@ ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assi
 CAPTION_PROMPT = "描述这张图片。"  # the question for a picture that comes with a caption only
 TALK_KEYS = ("conversations", "messages", "texts")  # where a row has its turns
 IMAGE_PARTS = ("image", "image_url")  # types of a message's parts
+URL = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)  # not C:/
 MAX_EXAMPLES = 20  # messages that are kept of each reason
 PICTURE_KEYS = ("image_bytes", "images", "image")  # where it has its pictures, or their names
 
@@ -139,6 +141,10 @@ def parse_record(row, where, placeholder):
     record = as_record(row)  # of Parquet, it is one already
     refuse_wrong_shape(record, where)
     names = record["image"]
+    for name in names:
+        if URL.match(name):
+            says = f"the picture {name!r:.80} is a URL, and nothing is downloaded: save the file, and give its name"
+            raise BadRecord("picture is a URL", f"{where}: {says}")
     turns = [parse_turn(turn, where) for turn in record["conversations"]]
     try:
         "".join([*names, *(text for _, text in turns)]).encode()
@@ -161,6 +167,8 @@ def parse_record(row, where, placeholder):
     num_placeholders = sum(len(split_at_images(text, placeholder)) - 1 for _, text in turns)
     if num_placeholders != len(names):
         counts = f"{len(names)} images, but {num_placeholders} <image> in its conversations"
+        if len(names) > num_placeholders and isinstance(row.get("image"), str):
+            counts += ": a comma separates names, so put a name that has one into a list"
         raise BadRecord("images and <image> differ", f"{where}: {counts}")
     return turns, names
 

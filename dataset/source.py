@@ -15,7 +15,7 @@ from model.files import refuse_lfs_pointer, stamp
 from model.images import read_pixels
 
 from .parquet import Rows, unpack
-from .pictures import find_file, open_pictures
+from .pictures import can_shorten, find_file, open_pictures
 
 CHUNK = 2**22  # characters read from a file at a time
 SPACE = re.compile(r"\s*")
@@ -71,8 +71,7 @@ class Source:
 
     def compare_names(self, names):
         """Lets pictures be found without the folders in their names, unless two of these different names would then be the same."""
-        ends = [re.split(r"[/\\]", name)[-1] for name in names if place_inside(name) is None]
-        self.may_shorten = len(set(ends)) == len(ends)
+        self.may_shorten = can_shorten([name for name in names if place_inside(name) is None])
 
     def read_pixels(self, name, preprocess):
         """A picture as uint8 pixels (3, S, S). BadRecord if it is missing or unreadable."""

@@ -11,32 +11,43 @@ import torch
 from dataset.records import chunked, parse_record
 from dataset.source import Source
 
+from .conversation import split_at_images
 from .errors import BadInput
 
 
 def score(chat, data_path, images_path, out_dir=None, seed=0):
     """Exact match on a labelled file: {kind: (questions, right with its own picture, right with another record's)}.
 
-    Asks each record's first question, after its system turn if it has one; an answer is right if it equals the label. `kind`
-    groups records; "all" sums them up. The last number shows how far guessing from the question alone gets; None if all
-    records have the same picture. data_path, images_path, out_dir: as in `Source`.
+    Asks each record's first question with a picture, after the turns before it; an answer is right if it equals the label.
+    `kind` groups records; "all" sums them up. The last number shows how far guessing from the question alone gets; None if
+    all records have the same picture. data_path, images_path, out_dir: as in `Source`.
     """
     # read all questions and labels
     kinds, questions, labels, names = [], [], [], []
     source = Source(data_path, images_path, out_dir)
     for where, record in source.records():
         turns, images = parse_record(record, where, chat.config.image_special_token)
-        length = 2 if turns[0][0] == "system" else 1  # turns of the question
+        # the turns up to the question, and the pictures in them
+        num_pictures = 0
+        for length, (role, text) in enumerate(turns, 1):
+            num_pictures += len(split_at_images(text, chat.config.image_special_token)) - 1
+            if role == "user" and num_pictures:
+                break
+        else:
+            raise BadInput(f"{where}: to score, a record needs a question with a picture")
         kind = record.get("kind")
         kinds.append(kind if isinstance(kind, str) else "question")
-        questions.append(chat.encode_prompt(turns[:length])[0].tolist())
+        try:
+            questions.append(chat.encode_prompt(turns[:length])[0].tolist())
+        except BadInput as problem:
+            raise BadInput(f"{where}: {problem}") from None
         labels.append(turns[length][1])
-        names.append(tuple(images))
+        names.append(tuple(images[:num_pictures]))
 
     # run CLIP once over each different set of pictures
     sets = list(dict.fromkeys(names))
-    if not sets or not sets[0] or len({len(one) for one in sets}) > 1:
-        raise BadInput(f"{source}: to score, all records need pictures, and the same number of them")
+    if len({len(one) for one in sets}) != 1:
+        raise BadInput(f"{source}: to score, there should be questions, all with the same number of pictures")
     source.compare_names({name for one in sets for name in one})
     features = {}  # what a set of pictures looks like, as a hash -> (n, P, V)
     looks = {}  # set of names -> that hash

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import zlib
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -369,23 +370,30 @@ def ask(client, **body):
     return client.post("/v1/chat/completions", json=body)
 
 
-def animated(path, pictures):
-    lossless = {"lossless": True} if path.suffix == ".webp" else {}
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], **lossless)
+def animated(path, pictures, **options):
+    if path.suffix in (".webp", ".avif"):
+        options |= {"lossless": True} if path.suffix == ".webp" else {"quality": 100}
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], **options)
     return path
 
 
-def video(path, pictures, codec, rotation=0):
+def video(path, pictures, codec, rotation=0, times=None):
+    """times: of each picture, in milliseconds; ten a second otherwise."""
     import av
 
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=10)
+        stream = container.add_stream(codec, rate=30 if times else 10)
         stream.width, stream.height = pictures[0].size
         stream.pix_fmt = "yuv420p"
+        if times:
+            stream.codec_context.time_base = Fraction(1, 1000)
         if rotation:
             stream.set_display_rotation(rotation)
-        for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        for i, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_image(picture)
+            if times:
+                frame.pts, frame.time_base = times[i], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
 

@@ -1,9 +1,13 @@
 """Records and pictures that can't be used, kind by kind, and what training does with them."""
 
+import io
 import json
 import shutil
 import struct
+import sys
 import zlib
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +18,7 @@ from dataset.dataset import VLMDataset, collate
 from dataset.source import Source
 from model.conversation import tokenizer_fields
 from model.errors import BadInput, BadRecord
-from model.images import Preprocess
+from model.images import Preprocess, open_picture, read_pixels
 from model.LMConfig import LMConfig
 
 RED = (255, 0, 0)
@@ -62,6 +66,47 @@ def seen_through(path):
     image.save(path)
 
 
+def turned_while_loading(path):
+    """The same as a TIFF, which Pillow turns itself."""
+    turned(path.with_suffix(".jpg"))
+    with Image.open(path.with_suffix(".jpg")) as image:
+        image.convert("RGB").save(path, tiffinfo={274: 6})
+
+
+def turned_grey(path):
+    """Wide, uncompressed and grey: black at the left, and white."""
+    image = Image.new("L", (60, 40), "white")
+    image.paste(0, (0, 0, 30, 40))
+    image.save(path, tiffinfo={274: 6})
+
+
+def turned_by_its_box(path):
+    """The same as an AVIF, which keeps the rotation in a box of its own."""
+    turned(path.with_suffix(".jpg"))
+    with Image.open(path.with_suffix(".jpg")) as image:
+        image.save(path, exif=image.info["exif"], quality=100)
+
+
+def deep_grey(path, bits):
+    """200 of 255, in more bits."""
+    shades = np.full((40, 40), round(200 / 255 * (2**bits - 1)), dtype=np.uint16)
+    if bits == 16:
+        return Image.fromarray(shades).save(path)
+    if path.suffix == ".pgm":
+        return path.write_bytes(b"P5 40 40 %d\n" % (2**bits - 1) + shades.astype(">u2").tobytes())
+    # TIFF of 12 bits: two numbers in three bytes
+    first, second = shades.reshape(-1, 2).T
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=1).astype(np.uint8).tobytes()
+    tags = {256: 40, 257: 40, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: 40, 279: len(packed)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    end = struct.pack("<H", len(tags)) + entries + bytes(4)
+    return path.write_bytes(b"II*\0" + struct.pack("<I", 8 + len(packed)) + packed + end)
+
+
+def grey_of_unknown_range(path, mode):
+    Image.new("F", (40, 30), 0.5).convert(mode).save(path)
+
+
 def deep(path):
     shades = np.full((40, 40), 200 * 257, dtype=np.uint16)
     Image.fromarray(shades).save(path)
@@ -72,9 +117,19 @@ USED = {  # how a picture is made, and what is seen in the middle of its upper a
     "palette.png": (lambda path: red("P").save(path), RED, RED),
     "grey.jpg": (lambda path: Image.new("L", (40, 40), 90).save(path), (90,) * 3, (90,) * 3),
     "deep.png": (deep, (200,) * 3, (200,) * 3),
+    "deep.tiff": (lambda path: deep_grey(path, 16), (200,) * 3, (200,) * 3),
+    "deep_12.tiff": (lambda path: deep_grey(path, 12), (200,) * 3, (200,) * 3),
+    "deep.pgm": (lambda path: deep_grey(path, 16), (200,) * 3, (200,) * 3),
+    "deep_10.pgm": (lambda path: deep_grey(path, 10), (200,) * 3, (200,) * 3),
+    "deep.jp2": (lambda path: deep_grey(path, 16), (200,) * 3, (200,) * 3),
+    "red.avif": (lambda path: red("RGB").save(path, quality=100), RED, RED),
+    "red.ico": (lambda path: red("RGB").save(path), RED, RED),
     "alpha.png": (seen_through, RED, (255,) * 3),
     "turned.jpg": (turned, RED, (255,) * 3),
     "turned_oddly.jpg": (turned_oddly, RED, (255,) * 3),
+    "turned_while_loading.tiff": (turned_while_loading, RED, (255,) * 3),
+    "turned_grey.tiff": (turned_grey, (0,) * 3, (255,) * 3),
+    "turned_by_its_box.avif": (turned_by_its_box, RED, (255,) * 3),
     "moving.gif": (
         lambda path: red("RGB").save(path, save_all=True, append_images=[Image.new("RGB", (40, 30), "blue")]),
         RED,
@@ -90,6 +145,8 @@ LEFT_OUT = {  # how a file is made, and the reason that is counted
     ),
     "text.jpg": (lambda path: path.write_text("<html>404</html>"), "picture unreadable"),
     "bomb.png": (lambda path: path.write_bytes(bomb()), "picture unreadable"),
+    "floats.tiff": (lambda path: grey_of_unknown_range(path, "F"), "picture unreadable"),
+    "numbers.tiff": (lambda path: grey_of_unknown_range(path, "I"), "picture unreadable"),
     "folder.jpg": (lambda path: path.mkdir(), "picture unreadable"),
     "clip.mp4": (lambda path: path.write_bytes(b"\0\0\0\x18ftypmp42"), "picture unreadable"),
 }
@@ -131,6 +188,21 @@ WRONG = {  # record -> the reason that is counted, and what the message says
         "images and <image> differ",
         "2 images, but 1 <image>",
     ),
+    "a URL": (
+        {"image": "https://example.com/a,b.jpg", "conversations": talk("<image>", "x")},
+        "picture is a URL",
+        "the picture 'https://example.com/a' is a URL, and nothing is downloaded: save the file",
+    ),
+    "a picture as text": (
+        {"image": "data:image/png;base64,AAAA", "conversations": talk("<image>", "x")},
+        "picture is a URL",
+        "is a URL, and nothing is downloaded",
+    ),
+    "a comma in a name": (
+        {"image": "a,b.png", "conversations": talk("<image>", "x")},
+        "images and <image> differ",
+        "a comma separates names, so put a name that has one into a list",
+    ),
     "answer truncated": (
         {"image": "", "conversations": talk("圆" * 600, "x")},
         "answer beyond --max_seq_len",
@@ -167,6 +239,37 @@ def test_bad_pictures_are_replaced_and_reported(tmp_path, tokenizer, name):
     ((problem, number),) = batch["problems"]
     assert isinstance(problem, BadRecord) and (problem.reason, number) == (reason, 0)
     assert str(tmp_path / name) in str(problem) and "replace it or leave it out" in str(problem)
+
+
+def test_grey_of_an_unknown_range_is_refused_by_name(tmp_path):
+    for mode, says in (("F", "its grey values are floats"), ("I", "its grey values are 32-bit or signed numbers")):
+        grey_of_unknown_range(tmp_path / "a.tiff", mode)
+        with pytest.raises(BadRecord, match=f"a.tiff .*{says}, .* save it with 8 or 16 bits"):
+            read_pixels(tmp_path / "a.tiff", Preprocess(32))
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
+
+
+def test_a_phone_s_heic_is_named_and_read_where_pillow_heif_is(tmp_path, monkeypatch):
+    path = tmp_path / "IMG_0001.HEIC"
+    path.write_bytes(HEIC)
+    sources = path, io.BytesIO(HEIC)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
+    for source in sources:
+        with pytest.raises(ValueError, match="an iPhone's HEIC: pip install pillow-heif, or save it as JPEG"):
+            open_picture(source)
+    with pytest.raises(BadRecord, match="IMG_0001.HEIC could not be read as a picture .an iPhone's HEIC: pip install"):
+        read_pixels(path, Preprocess(32))
+
+    # stands for pillow-heif: any picture is red
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+    register = partial(Image.register_open, "HEIF", lambda fp, name: red("RGB"), lambda prefix: prefix[4:8] == b"ftyp")
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register))
+    for source in sources:
+        assert open_picture(source, formats=["JPEG"]).getpixel((0, 0)) == RED
+    assert read_pixels(path, Preprocess(32))[:, 16, 16].tolist() == list(RED)
 
 
 @pytest.mark.parametrize("name", WRONG)

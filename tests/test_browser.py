@@ -304,6 +304,10 @@ def test_problems_are_shown(visit, tmp_path):
     (tmp_path / "note.txt").write_text("?")
     page.locator("#files").set_input_files(tmp_path / "note.txt")
     expect(page.locator("#notice")).to_contain_text("note.txt 不是图片")
+    (tmp_path / "photo.HEIC").write_bytes(b"?")  # browsers know no type for it
+    page.locator("#files").set_input_files(tmp_path / "photo.HEIC")
+    expect(page.locator("#thumbnails li")).to_have_count(1)
+    page.locator("#thumbnails button").click()
     page.locator("#question").fill("第一行")
     page.locator("#question").press("Shift+Enter")
     page.locator("#question").press_sequentially("第二行")

@@ -276,6 +276,30 @@ def test_score_keeps_the_system_turn_and_compares_no_picture_with_itself(chat, p
     assert table == {"question": (2, 1.0, None), "all": (2, 1.0, None)}
 
 
+def test_score_asks_the_first_question_with_a_picture(chat, pictures, tmp_path):
+    """What was said before it goes along; pictures that come later don't count."""
+    asked = [("user", "你好"), ("assistant", "好"), ("user", "<image>\n颜色？")]
+    answer = "".join(chat.stream(asked, pictures[:1], max_new_tokens=48, **GREEDY))
+    assert answer != "".join(chat.stream(asked[2:], pictures[:1], max_new_tokens=48, **GREEDY))
+    turns = [*asked, ("assistant", answer), ("user", "<image>\n形状？"), ("assistant", "圆形")]
+    conversations = [{"role": role, "content": text} for role, text in turns]
+    records = [{"image": [pictures[0].name, pictures[1].name], "conversations": conversations}]
+    records.append({"image": [pictures[0].name], "conversations": conversations[:4]})
+    file = tmp_path / "score.json"
+    file.write_text(json.dumps(records), encoding="utf-8")
+    assert score(chat, file, pictures[0].parent) == {"question": (2, 1.0, None), "all": (2, 1.0, None)}
+    for wrong, says in (
+        ({"image": [], "conversations": conversations[:2]}, "record 2: to score, a record needs a question with a pict"),
+        ({"image": ["a"] * 2, "conversations": [{"role": "user", "content": "<image><image>?"}, conversations[1]]},
+         "score.json: to score, there should be questions, all with the same number of pictures"),
+        ({"image": ["a"], "conversations": [{"role": "user", "content": "<image>" + "字" * 90}, conversations[1]]},
+         "record 2: the question has .* tokens, the model reads at most 128"),
+    ):  # fmt: skip
+        file.write_text(json.dumps([*records, wrong]), encoding="utf-8")
+        with pytest.raises(BadInput, match=says):
+            score(chat, file, pictures[0].parent)
+
+
 @torch.inference_mode()
 def test_a_step_of_fixed_shapes_scores_as_one_that_grows(chat, pictures):
     """What a GPU captures as a graph, here without one: two questions of different length, padded on the left."""

@@ -2,11 +2,14 @@
 
 import base64
 import io
+import itertools
 import random
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import ROOT, animated, ask, picture_url, question, video
 from PIL import Image
 
@@ -26,9 +29,64 @@ def seen(path, most=8):
     return [round(frame.float().mean().item() / 5) for frame in read_frames(path, Preprocess(32), most)]
 
 
-def test_frames_are_spread_evenly_from_the_first_to_the_last():
-    assert frame_indices(3, 8) == [0, 1, 2] and frame_indices(1, 8) == [0] and frame_indices(9, 1) == [0]
-    assert frame_indices(100, 4) == [0, 33, 66, 99]
+@pytest.mark.parametrize(
+    "durations, most, expected",
+    [
+        ([1], 8, [0]),
+        ([0.1] * 9, 1, [0]),
+        ([0.1] * 3, 8, [0, 1, 2]),  # few frames of the same length: each once
+        ([0.1] * 100, 4, [0, 33, 66, 99]),
+        ([0.1] * 9, 4, [0, 3, 6, 8]),
+        ([1.2, 0.6, 0.6], 8, [0, 0, 1, 2]),  # two equal frames that were written as one
+        ([1.8, 0.6], 8, [0, 0, 0, 1]),
+        ([1.2, 1.2], 8, [0, 0, 1, 1]),  # no step longer than a second
+        ([1.2, 1.2], 3, [0, 1]),
+        ([5, 5, 5, 5], 4, [0, 1, 2, 3]),
+        ([0.033, 0.033, 0.034], 8, [0, 1, 2]),  # of a video in milliseconds
+        ([3, *[0.1] * 10], 4, [0, 0, 0, 10]),
+        ([*[0.1] * 10, 3], 4, [0, 10, 10, 10]),
+        ([0.05, 0.3, 0.11], 4, [0, 1, 1, 2]),  # no equal steps
+    ],
+)
+def test_frames_are_spread_evenly_in_time(durations, most, expected):
+    starts = np.cumsum([0, *durations])
+    assert frame_indices(starts[:-1], starts[-1], most) == expected
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.avif"])
+def test_an_animation_with_equal_frames_is_its_pictures(tmp_path, name):
+    """All but AVIF write equal frames once, with their durations added up."""
+    for shown in ("0011", "0001", "0111", "0112", "0012", "0123"):
+        pictures = [shades(13)[int(shade) * 4] for shade in shown]
+        path = animated(tmp_path / name, pictures, duration=600)
+        assert [shade // 4 for shade in seen(path)] == [int(shade) for shade in shown]
+    # the last frame is seen most of the time
+    path = animated(tmp_path / name, shades(6), duration=[100] * 5 + [2500])
+    assert np.abs(np.array(seen(path, 4)) - [0, 5, 5, 5]).max() <= (1 if name == "a.avif" else 0)
+
+
+def test_the_animations_of_the_repository_have_the_four_frames_that_were_drawn():
+    """Two of the three were written with two frames."""
+    for path in (ROOT / "dataset" / "eval_multi_images").glob("*.webp"):
+        frames = read_frames(path, Preprocess(32), 8)
+        changed = [not torch.equal(a, b) for a, b in itertools.pairwise(frames)]
+        assert len(frames) == demo.FRAMES and sum(changed) == (3 if "移到" in path.name else 1)
+
+
+def test_an_apng_s_picture_for_other_programs_is_no_frame(tmp_path):
+    first, *frames = shades(4)
+    first.save(tmp_path / "a.png", save_all=True, append_images=frames, default_image=True)
+    assert seen(tmp_path / "a.png") == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name, codec", [("a.mp4", "libx264"), ("a.webm", "libvpx-vp9"), ("a.mkv", "libx264")])
+def test_a_video_of_a_variable_rate_is_read_by_time(tmp_path, name, codec):
+    """As a recording of a screen: nothing moves for 3 s, then everything within one."""
+    times = [0, *range(3000, 4000, 100)]
+    path = video(tmp_path / name, shades(11), codec, times=times)
+    assert np.abs(np.array(seen(path, 4)) - [0, 0, 0, 10]).max() <= 1
+    path = video(tmp_path / name, shades(3), codec, times=[500, 533, 567])
+    assert np.abs(np.array(seen(path)) - [0, 1, 2]).max() <= 1
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.mp4", "a.webm", "a.mov"])
@@ -68,6 +126,8 @@ def test_unreadable_videos_are_reported(tmp_path, monkeypatch):
     for path, says in (
         (broken, "broken.mp4 could not be read as a picture .Invalid data"),
         (tmp_path / "nowhere.webm", "nowhere.webm could not be read as a picture .No such file"),
+        ("https://example.com/a.webm", "could not be read as a picture .it is a URL, and nothing is downloaded"),
+        (Path("https://example.com/a.png"), "could not be read as a picture .it is a URL, and nothing is downloaded"),
     ):
         with pytest.raises(BadInput, match=says):
             read_frames(path, Preprocess(32), 8)

@@ -5,7 +5,7 @@ import shlex
 import sys
 
 import pytest
-from helpers import run_python, save_random_vlm
+from helpers import ROOT, run_python, save_random_vlm
 from PIL import Image
 
 from dataset import convert, demo
@@ -54,8 +54,8 @@ def test_captions_as_a_spreadsheet_writes_them(place, capsys):
         ("a.png", asked, '红色，\n"亮"的'),
         ("two words.png", asked, "A red one, it is"),
     ]
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1 and "wrote my.json: 2 records about 2 pictures" in out
+    out = capsys.readouterr().out.splitlines()[-1]
+    assert out.startswith("wrote my.json: 2 records about 2 pictures")
     assert (
         "not used: date" in out and "python 2-sft_vlm.py" in out and "--data_path my.json --images_path photos" in out
     )
@@ -101,6 +101,19 @@ def test_several_pictures_in_one_question(place):
     ]
 
 
+def test_names_of_other_systems_are_found_as_training_finds_them(place, tokenizer):
+    """A Mac takes letters apart, Windows writes backslashes and drives."""
+    for name in ("Cafe\u0301.png", "B\u00fccher.png", "it's.png"):
+        Image.new("RGB", (40, 30), "red").save(place / "photos" / name)
+    (place / "photos" / "de\u0301ja\u0300").mkdir()
+    Image.new("RGB", (40, 30), "red").save(place / "photos" / "de\u0301ja\u0300" / "vu.png")
+    names = ["Caf\u00e9.png", "Bu\u0308cher.png", "it's.png", "d\u00e9j\u00e0\\vu.png", r"C:\Users\me\photos\a.png"]
+    records = converted("my.csv", "image,caption\n" + "".join(f"{name},red\n" for name in names))
+    assert [one["image"] for one in records] == names
+    data = VLMDataset("my.json", "photos", tokenizer, LMConfig(**tokenizer_fields(tokenizer)), 512, Preprocess(32))
+    assert all(data[i]["problems"] == [] for i in range(5))
+
+
 def test_what_is_written_is_what_training_reads(place, tokenizer):
     converted("my.csv", 'image,caption\na.png,red\n"a.png, b.jpg",both red\n')
     data = VLMDataset("my.json", "photos", tokenizer, LMConfig(**tokenizer_fields(tokenizer)), 512, Preprocess(32))
@@ -125,8 +138,14 @@ HEADER = "image,caption,question\n"
         ("my.csv", HEADER + "\n,red\n", "line 3: 'image' names no picture"),
         ("my.csv", HEADER + "c.png,red\n", r"line 2: photos/c.png .*No such file"),
         ("my.csv", HEADER + f"{'long ' * 60},red\n", r"line 2: photos/long .*too long"),
-        ("my.csv", HEADER + "notes.txt,red\n", r"line 2: photos/notes.txt could not .* JPEG or PNG"),
+        ("my.csv", HEADER + "notes.txt,red\n", r"line 2: photos/notes.txt could not .*not a known picture format"),
         ("my.csv", HEADER + '"c, d.png",red\n', "line 2: rename the picture 'c, d.png'"),
+        ("my.csv", HEADER + '"e,f.png",red\n', "line 2: rename the picture 'e,f.png'"),
+        (
+            "my.csv",
+            HEADER + "https://example.com/a.png,red\n",
+            "line 2: the picture 'https://example.com/a.png' is a URL",
+        ),
         ("my.csv", HEADER + '"a.png, b.jpg",red,"And <image>?"\n', "line 2: 2 images, but 1 <image>"),
         ("my.csv", HEADER + 'a.png,red\na.png,"red\na.png,blue\n', "line 3: a missing or extra quotation mark"),
         ("my.csv", HEADER + "a.png,red,What?,or\n", "line 2: more cells"),
@@ -141,13 +160,41 @@ HEADER = "image,caption,question\n"
 )
 def test_errors_name_their_line_and_nothing_is_written(place, name, content, message):
     (place / "photos" / "notes.txt").write_text("no picture")
-    Image.new("RGB", (8, 8)).save(place / "photos" / "c, d.png")
+    for picture in ("c, d.png", "e,f.png"):
+        Image.new("RGB", (8, 8)).save(place / "photos" / picture)
     (place / "my.json").write_text("precious")
     with pytest.raises(BadInput, match=message) as problem:
         converted(name, content)
     assert "\n" not in str(problem.value)
     assert (place / "my.json").read_text() == "precious"
     assert sorted(path.name for path in place.iterdir()) == sorted(["photos", "my.json", name])
+
+
+def test_characters_that_the_tokenizer_does_not_know_are_told(place, capsys):
+    tokenizer = ["--tokenizer_path", str(ROOT / "model" / "demo")]
+    for answer, share, warns in (("黄色", "0.0%", False), ("樱桃树开花了。", "88.9%", True)):
+        converted("my.csv", f"image,caption\na.png,{answer}\n", *tokenizer)
+        out = capsys.readouterr().out
+        assert f"in answers, {share} of which are only parts of a character" in out
+        assert ("\nwarning: the tokenizer doesn't know many characters of these answers" in out) == warns
+        assert out.splitlines()[-1].startswith("wrote my.json")
+
+
+def test_the_next_command_can_be_pasted_on_windows_too(place, capsys):
+    """Its shells know no single quotes; double ones are for all."""
+    (place / "photos").rename("my photos")
+    for folder, target, flags in (
+        ("my photos", "it's.json", """--data_path "it's.json" --images_path "my photos" """),
+        ("my photos", "a\\b.json", """--data_path "a\\b.json" --images_path "my photos" """),
+        ("my photos", "$1.json", """--data_path '$1.json' --images_path "my photos" """),
+    ):
+        (place / "my.csv").write_text("image,caption\na.png,red\n")
+        arguments = ["convert", "my.csv", folder, target]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", arguments)
+            convert.main()
+        assert flags in capsys.readouterr().out and (place / target).exists()
+        assert shlex.split(flags)[1::2] == [target, folder]
 
 
 def test_ten_bad_lines_are_listed_and_the_rest_counted(place):

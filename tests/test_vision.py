@@ -1,7 +1,11 @@
 """Preprocessing, the frozen CLIP and its feature cache."""
 
+import errno
 import json
+import os
 import pickle
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +17,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 from model.errors import BadInput
 from model.files import find_weights
 from model.images import Preprocess, normalise, read_pixels, to_pixels, to_rgb
-from model.training.feature_cache import FeatureCache, cache_key
+from model.training.feature_cache import FeatureCache, cache_key, open_cache
 from model.vision_utils import VisionEncoder, load_vision
 
 
@@ -96,6 +100,37 @@ def test_a_cache_opens_its_file_in_every_worker(tiny_clip, pictures, tmp_path):
     sent = pickle.dumps(cache)
     assert len(sent) < 1000
     assert torch.equal(pickle.loads(sent)[np.array([2, 0])], cache[np.array([2, 0])])
+
+
+def test_a_cache_is_renamed_only_when_it_is_no_longer_mapped(tiny_clip, pictures, tmp_path, monkeypatch):
+    """Windows refuses to rename a file that is mapped."""
+    replace = os.replace
+
+    def refuse_mapped(source, target):
+        if str(source) in Path("/proc/self/maps").read_text():
+            raise PermissionError(errno.EACCES, "it is in use")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse_mapped)
+    encoder = load_vision(tiny_clip)
+    cache = FeatureCache(tmp_path, "key")
+    pixels = torch.stack([read_pixels(path, encoder.preprocess) for path in pictures[:3]])
+    cache.build(encoder, 3, [(pixels, [None] * 3)], lambda count: None)
+    assert cache.open()
+
+
+def test_only_a_full_disk_asks_for_room(tiny_clip, pictures, tmp_path, monkeypatch):
+    encoder = load_vision(tiny_clip)
+    dataset = SimpleNamespace(fingerprints=list, image_names=[], preprocess=Preprocess(64))
+    processes = SimpleNamespace(is_main=True, broadcast=lambda key: key, barrier=lambda: None)
+    for number, says in ((errno.ENOSPC, "it takes 0.0 GB; make room, name another"), (errno.EACCES, "name another")):
+
+        def fail(*_, number=number):
+            raise OSError(number, "why")
+
+        monkeypatch.setattr(FeatureCache, "build", fail)
+        with pytest.raises(BadInput, match=f"could not be written .why.: {says} --out_dir, or use --cache_features F"):
+            open_cache(dataset, encoder, processes, folder=tmp_path, vision_path=tiny_clip, num_workers=0)
 
 
 def test_loads_only_the_vision_half_and_quietly(tmp_path, capfd):

@@ -135,7 +135,11 @@ def test_earlier_messages_and_parts_are_read(app, client, pictures):
 def test_pictures_of_any_kind_are_read(app, client, pictures):
     with Image.open(pictures[0]) as image:
         kinds = [
-            *(picture_url(image, kind) for kind in ("png", "webp", "gif", "bmp", "tiff")),
+            *(
+                picture_url(image, kind)
+                for kind in ("png", "webp", "gif", "bmp", "tiff", "avif", "jpeg2000", "ppm", "ico")
+            ),
+            picture_url(image.convert("I;16"), "ppm"),
             picture_url(image.convert("CMYK"), "jpeg"),
             picture_url(image.convert("RGBA"), "png"),
             picture_url(image.convert("P"), "png"),
@@ -351,6 +355,10 @@ def malformed(good):
         ),
         (broken(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "svg+xml"), "can't be read: not a picture"),
         (broken(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "eps"), "can't be read: not a picture"),
+        (
+            broken(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "heic"),
+            "picture 1 can't be read: an iPhone's HEIC: pip install pillow-heif, or save it as JPEG",
+        ),
         (broken(content[: len(content) // 2]), "picture 1 can't be read: .*truncated"),
         (broken(content[:20]), "picture 1 can't be read"),
         (question("?", bomb(10_000, 10_000)), "picture 1: it has 100 megapixels, over the limit of 50"),

@@ -7,13 +7,13 @@ import threading
 from urllib.parse import unquote
 
 from flask import request
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from werkzeug.exceptions import RequestEntityTooLarge, UnsupportedMediaType
 
 from model.conversation import as_conversation, split_at_images
 from model.errors import BadInput
 from model.generate import SETTINGS
-from model.images import MAX_PIXELS, picture_frames, video_frames
+from model.images import MAX_PIXELS, open_picture, picture_frames, video_frames
 
 MB = 1_000_000
 MAX_PICTURE = 20 * MB  # bytes of one picture or video, without base64
@@ -31,7 +31,7 @@ RESPONSES_TYPES = {
     "input_image": "image_url",
 }  # OpenAI's other API's names
 VIDEO_TYPES = {"video/mp4": "mp4", "video/quicktime": "mov", "video/webm": "webm"}  # MIME type -> PyAV's format
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow's
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")  # Pillow's
 
 # field of a request -> argument of `Chat.stream`: the same name, except for the number of tokens
 OPTIONS = {name: name for name in SETTINGS if name != "max_new_tokens"}
@@ -310,7 +310,7 @@ def decode_frames(chat, part_type, file, mime_type):
         return video_frames(file, format, preprocess, max_frames, MAX_VIDEO_PIXELS)
 
     # anything else has to be a picture or an animation; check its size before Pillow unpacks a single pixel
-    with Image.open(file, formats=IMAGE_FORMATS) as image:
+    with open_picture(file, IMAGE_FORMATS) as image:
         pixels = image.width * image.height
         require(pixels <= MAX_PIXELS, f"it has {pixels / MB:.0f} megapixels, over the limit of {MAX_PIXELS // MB}")
         count = getattr(image, "n_frames", 1) if as_video else 1

@@ -3,6 +3,7 @@
 Shapes: N pictures of a batch, S picture size, P tokens per image, V vision width.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -103,7 +104,8 @@ class FeatureCache:
             array.flush()
             self.write_note(done, bad)
 
-        # only the complete file has the final name
+        # only the complete file has the final name; Windows renames no file that is still mapped
+        del array
         os.replace(self.partial, self.file)
 
     def write_note(self, done, bad):
@@ -142,9 +144,12 @@ def open_cache(dataset, encoder, processes, *, folder, vision_path, num_workers)
                 cache.build(encoder, len(pictures), loader, bar.update)
             except OSError as error:
                 gigabytes = len(pictures) * encoder.image_tokens * encoder.vision_width * 2 / 1e9
+                # only a full disk, or a limit on the size of files, is a matter of room
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+                advice = f"it takes {gigabytes:.1f} GB; make room, " if full else ""
                 raise BadInput(
-                    f"{cache.partial} could not be written ({error.strerror}): it takes {gigabytes:.1f} GB; make room, "
-                    "name another --out_dir, or leave out --cache_features"
+                    f"{cache.file} could not be written ({error.strerror}): {advice}name another --out_dir, or use "
+                    "--cache_features False"
                 ) from None
 
     # the others wait until it is built

@@ -83,9 +83,12 @@ const readFile = (file) => new Promise((resolve, reject) => {
   reader.readAsDataURL(file);
 });
 
+// by its type, or by its name where browsers know no type
+const isMedium = (file) => /^(image|video)\//.test(file.type) || /\.(heic|heif|avif|jp2|j2k|pgm|ppm|ico)$/i.test(file.name);
+
 async function addFiles(files) {
   for (const file of files) {
-    if (!/^(image|video)\//.test(file.type)) notice(t("not_picture", file.name));
+    if (!isMedium(file)) notice(t("not_picture", file.name));
     else if (file.size > info.max_picture_bytes) notice(t("too_big", file.name, info.max_picture_bytes / 1e6));
     else if (pictures.length >= info.max_pictures) notice(t("too_many", info.max_pictures));
     else pictures.push({ url: await readFile(file), name: file.name, questions: [] });
@@ -172,8 +175,8 @@ class Exchange {
   }
 
   get messages() {
-    // what may move is sent as a video; the server takes a still GIF, WebP or PNG for a video of one frame
-    const parts = this.pictures.map(({ url }) => (/^data:(video|image\/(gif|webp|a?png))/.test(url)
+    // what may move is sent as a video; the server takes a still GIF, WebP, PNG or AVIF for a video of one frame
+    const parts = this.pictures.map(({ url }) => (/^data:(video|image\/(gif|webp|a?png|avif))/.test(url)
       ? { type: "video_url", video_url: { url } } : { type: "image_url", image_url: { url } }));
     return [{ role: "user", content: [...parts, { type: "text", text: this.question }] }];
   }
