@@ -27,7 +27,7 @@ from pathlib import Path
 from PIL import Image
 
 from model.errors import BadInput, BadRecord, run_script
-from model.files import write_atomically
+from model.files import in_repository, write_atomically
 from model.LMConfig import LMConfig
 
 from .records import CAPTION_PROMPT, TALK_KEYS, make_record, parse_record
@@ -216,11 +216,13 @@ def main():
         raise BadInput(f"{args.target} could not be written ({error.strerror})") from None
 
     # the summary ends with the next command to run
-    data_flags = shlex.join(["--data_path", str(args.target), "--images_path", str(args.folder)])
+    command = [in_repository("2-sft_vlm.py"), "--from_weights", in_repository("out/512_vlm_sft.pth")]
+    command += ["--out_dir", in_repository("out/mine")]
+    command += ["--data_path", str(args.target), "--images_path", str(args.folder)]
     not_used = f" (columns not used: {', '.join(unused)})" if unused else ""
     print(
         f"wrote {args.target}: {len(records)} records about {num_pictures} pictures{not_used}; next: "
-        f"python 2-sft_vlm.py --from_weights out/512_vlm_sft.pth --out_dir out/mine {data_flags} {SETTINGS}"
+        f"python {shlex.join(command)} {SETTINGS}"
     )
 
 

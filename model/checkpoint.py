@@ -108,7 +108,7 @@ def read_weights(path):
         state = state[key]
     odd = [name for name, tensor in state.items() if not isinstance(name, str) or not torch.is_tensor(tensor)]
     if odd:
-        raise BadInput(f"{path} is not a file of weights: expected named tensors, but {odd[0]!r:.100} is none")
+        raise BadInput(f"{path} is not a file of weights: expected named tensors, but {odd[0]!r:.100} is no tensor")
 
     # only the model's own tensors
     state = without_wrappings(state)

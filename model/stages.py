@@ -3,17 +3,19 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from .files import in_repository
+
 # the embedded demo's defaults for flags that training and answering share
 DEMO_MODEL = {
     "dim": 192,
     "n_layers": 4,
     "n_heads": 6,
     "n_kv_heads": 3,
-    "vision_path": "model/demo",
-    "tokenizer_path": "model/demo",
-    "images_path": "dataset/demo_world/images",
+    "vision_path": in_repository("model/demo"),
+    "tokenizer_path": in_repository("model/demo"),
+    "images_path": in_repository("dataset/demo_world/images"),
 }
-DEMO_LLM = "model/demo/192_llm.pth"
+DEMO_LLM = in_repository("model/demo/192_llm.pth")
 # its defaults for training alone
 DEMO_TRAINING = {"cache_features": True, "learning_rate": 1e-3, "warmup_iters": 20}
 # and for answering: its questions have one right answer
@@ -44,10 +46,15 @@ STAGES = {
         title="Pretrain",
         starts_from="llm",
         writes="vlm_pretrain",
-        data_path="dataset/pretrain_vlm_data.json",
-        images_path="dataset/pretrain_images",
+        data_path=in_repository("dataset/pretrain_vlm_data.json"),
+        images_path=in_repository("dataset/pretrain_images"),
         learning_rate=4e-4,
-        demo={**DEMO_MODEL, **DEMO_TRAINING, "data_path": "dataset/demo_world/pretrain.json", "from_weights": DEMO_LLM}
+        demo={
+            **DEMO_MODEL,
+            **DEMO_TRAINING,
+            "data_path": in_repository("dataset/demo_world/pretrain.json"),
+            "from_weights": DEMO_LLM,
+        }
         | {"epochs": 4, "batch_size": 32},
     ),
     "sft": Stage(
@@ -55,20 +62,26 @@ STAGES = {
         title="SFT",
         starts_from="vlm_pretrain",
         writes="vlm_sft",
-        data_path="dataset/sft_vlm_data.json",
-        images_path="dataset/sft_images",
+        data_path=in_repository("dataset/sft_vlm_data.json"),
+        images_path=in_repository("dataset/sft_images"),
         learning_rate=1e-6,
-        demo={**DEMO_MODEL, **DEMO_TRAINING, "data_path": "dataset/demo_world/sft.json", "epochs": 3, "batch_size": 16},
+        demo={
+            **DEMO_MODEL,
+            **DEMO_TRAINING,
+            "data_path": in_repository("dataset/demo_world/sft.json"),
+            "epochs": 3,
+            "batch_size": 16,
+        },
     ),
     "sft_multi": Stage(
         command="2-sft_vlm.py --multi",
         title="SFT",
         starts_from="vlm_sft",
         writes="vlm_sft_multi",
-        data_path="dataset/sft_multi_vlm_data.json",
-        images_path="dataset/sft_multi_images",
+        data_path=in_repository("dataset/sft_multi_vlm_data.json"),
+        images_path=in_repository("dataset/sft_multi_images"),
         learning_rate=1e-6,
-        demo={**DEMO_MODEL, **DEMO_TRAINING, "data_path": "dataset/demo_world/sft_multi.json"}
+        demo={**DEMO_MODEL, **DEMO_TRAINING, "data_path": in_repository("dataset/demo_world/sft_multi.json")}
         | {"epochs": 6, "batch_size": 16},
     ),
 }

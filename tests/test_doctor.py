@@ -20,8 +20,12 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 +
 
 
 def doctor(folder, *flags):
-    """What it finds in a folder: exit code, {what: (mark, all that it says of it)}, and its verdicts."""
-    code, out, err = run_python("-m", "model.doctor", *flags, cwd=folder, PYTHONPATH=str(ROOT))
+    """What it finds in a folder, as a clone of the repository: exit code, {what: (mark, all that it says of it)}, and its
+    verdicts."""
+    for file in (ROOT / "requirements.txt", *(ROOT / "model").rglob("*.py"), *(ROOT / "dataset").rglob("*.py")):
+        (folder / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, folder / file.relative_to(ROOT))
+    code, out, err = run_python("-m", "model.doctor", *flags, cwd=folder)
     assert not err, err
     findings, verdicts = out.split("\n\n")
     found = {}

@@ -29,7 +29,7 @@ def cache_key(vision_path, fingerprints):
         if file.suffix in (".safetensors", ".bin", ".json"):
             digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
     for fingerprint in fingerprints:
-        digest.update(f"{fingerprint}\n".encode())
+        digest.update(f"{fingerprint}\n".encode(errors="backslashreplace"))
     return digest.hexdigest()
 
 
@@ -108,7 +108,7 @@ class FeatureCache:
     def write_note(self, done, bad):
         """Writes the note, atomically."""
         new = self.note.with_suffix(".new")
-        new.write_text(json.dumps({"key": self.key, "done": done, "bad": bad}, ensure_ascii=False), encoding="utf-8")
+        new.write_text(json.dumps({"key": self.key, "done": done, "bad": bad}), encoding="utf-8")
         os.replace(new, self.note)
 
     def __getitem__(self, rows):
