@@ -186,6 +186,12 @@ def test_feature_cache_is_rebuilt_when_stale_or_half_written(tmp_path, tiny_clip
     assert again.open()
     torch.testing.assert_close(again[np.array([2, 0])].float(), encoder(pixels)[[2, 0]], atol=5e-3, rtol=5e-3)
 
+    whole = again.file.read_bytes()
+    for damaged in (b"", b"Repository not found", whole[:1000]):
+        again.file.write_bytes(damaged)
+        assert not FeatureCache(folder, cache_key(tiny_clip, paths)).open()
+    again.file.write_bytes(whole)
+
     again.note.unlink()  # what a run killed while writing leaves behind
     assert not FeatureCache(folder, cache_key(tiny_clip, paths)).open()
     gradient(80, 80).save(paths[1])

@@ -58,7 +58,10 @@ class FeatureCache:
         if self.array is None and complete:
             note = read_json_object(self.note)
             if note.get("key") == self.key:
-                self.array = np.load(self.file, mmap_mode="r")
+                try:
+                    self.array = np.load(self.file, mmap_mode="r")
+                except (OSError, EOFError, ValueError):  # damaged
+                    return False
                 self.bad = {int(row): problem for row, problem in note.get("bad", {}).items()}
         return self.array is not None
 
