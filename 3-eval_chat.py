@@ -17,9 +17,10 @@ from pathlib import Path
 from dataset import demo
 from model.arguments import add_chat_arguments, add_model_arguments, add_switch, load_chat, parse_with_demo, settings_of
 from model.errors import BadInput, run_script
+from model.files import in_repository
 from model.generate import SETTINGS
 from model.score import read_questions, score
-from model.stages import DEMO_ANSWERING
+from model.stages import DEMO_ANSWERING, STAGES
 
 # what the demo's answers are scored on, without and with --multi
 DEMO_SCORES = {False: ("heldout", "unseen"), True: ("multi", "clips", "clips_shuffled")}
@@ -55,6 +56,7 @@ class Terminal:
         while True:
             try:
                 line = input("\npicture> " if self.picking else "\n> ").strip()
+                line.encode()
                 if line == "/exit":
                     return
                 self.handle(line)
@@ -62,16 +64,22 @@ class Terminal:
                 print(problem)
             except KeyboardInterrupt:
                 print("  (/exit leaves)")
+            except UnicodeError:
+                print("this was not UTF-8 text: set the terminal to UTF-8")
             except EOFError:
                 print()
                 return
+            except OSError:  # there is no terminal any more
+                raise
+            except Exception as error:  # noqa: BLE001  one question may fail, out of memory say, and others not
+                print(f"that did not work ({type(error).__name__}: {error})")
 
     def handle(self, line):
         """Runs a command, picks pictures, or asks a question."""
         command, _, rest = line.partition(" ")
         if command in self.commands:
             self.commands[command](rest.strip())
-        elif self.picking or Path(line).is_file():
+        elif self.picking or os.path.isfile(line):
             self.pick(line)
         elif line.startswith("/"):
             raise BadInput(f"there is no {command}; /help lists the commands")
@@ -89,9 +97,14 @@ class Terminal:
         """Reads the pictures that a line names: one file, or several files and numbers."""
         # a file whose name has spaces, or several words
         text = text.strip()
-        names = [text] if Path(text).is_file() else shlex.split(text, posix=os.name == "posix")
+        try:
+            names = [text] if os.path.isfile(text) else shlex.split(text, posix=os.name == "posix")
+        except ValueError:
+            raise BadInput(
+                f"{text} names no picture, and has an open quotation mark: press Enter alone to ask without a picture"
+            ) from None
         numbered = {str(number): file for number, file in enumerate(self.available, 1)}
-        files = [numbered.get(name, Path(name.strip("'\"")).expanduser()) for name in names]
+        files = [numbered.get(name, Path(os.path.expanduser(name.strip("'\"")))) for name in names]
 
         # a picture is one list of pixels, a video several; what was shown before is replaced
         seen = [self.chat.load_frames([file]) for file in files]
@@ -182,12 +195,14 @@ def main():
         "--score", nargs="+", metavar="FILE", help="answer these labelled files and count the right answers"
     )
     parser.add_argument(
-        "--images_path", default="dataset/sft_images", help="folder or archive of the pictures of --score"
+        "--images_path",
+        default=STAGES["sft"].images_path,
+        help="folder or archive of the pictures of --score (default %(default)s)",
     )
     args = parse_with_demo(parser, DEMO_ANSWERING)
     chat = load_chat(args)
     print(chat.summary)
-    folder = Path("dataset/eval_multi_images" if args.multi else "dataset/eval_images")
+    folder = Path(in_repository("dataset/eval_multi_images" if args.multi else "dataset/eval_images"))
     if not (args.all or args.score) and sys.stdin.isatty() and sys.stdout.isatty():
         Terminal(chat, folder, settings_of(args)).run()
         return

@@ -27,8 +27,17 @@ from PIL import Image
 from werkzeug.exceptions import HTTPException
 from werkzeug.serving import make_server
 
-from model.arguments import add_chat_arguments, add_model_arguments, add_switch, load_chat, parse_with_demo, settings_of
+from model.arguments import (
+    add_chat_arguments,
+    add_model_arguments,
+    add_switch,
+    load_chat,
+    number,
+    parse_with_demo,
+    settings_of,
+)
 from model.errors import BadInput, run_script
+from model.files import in_repository
 from model.stages import DEMO_ANSWERING
 from web.api import (
     ChatAPI,
@@ -50,9 +59,14 @@ def parse_arguments(flags):
         parser, "--multi", help="use the model trained on several pictures at a time, and sample pictures for it"
     )
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default %(default)s)")
-    parser.add_argument("--port", type=int, default=7788)
     parser.add_argument(
-        "--queue", type=int, default=8, help="requests that may wait while one is answered (default %(default)s)"
+        "--port", type=number(int, 0, 65535), default=7788, help="0 takes any free one (default %(default)s)"
+    )
+    parser.add_argument(
+        "--queue",
+        type=number(int, 0, 1000),
+        default=8,
+        help="requests that may wait while one is answered (default %(default)s)",
     )
     parser.add_argument(
         "--cors",
@@ -102,7 +116,7 @@ def create_app(*flags):
     settings = settings_of(args)
     app.api = ChatAPI(app.chat, RequestQueue(args.queue), settings)
     app.api.add_routes(app)
-    samples = Path("dataset/eval_multi_images" if args.multi else "dataset/eval_images").absolute()
+    samples = Path(in_repository("dataset/eval_multi_images" if args.multi else "dataset/eval_images")).absolute()
     add_chat_page(app, app.chat, samples, settings)
     return app
 

@@ -15,13 +15,14 @@ import numpy as np
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model.arguments import parse_with_demo
+from model.arguments import PROCESSES, TOKENS, parse_with_demo
 from model.checkpoint import load_tokenizer
 from model.conversation import tokenizer_fields
 from model.errors import BadRecord, run_script
+from model.files import in_repository
 from model.images import Preprocess
 from model.LMConfig import LMConfig
-from model.stages import DEMO_MODEL, TOKENIZER_PATH
+from model.stages import DEMO_MODEL, STAGES, TOKENIZER_PATH
 
 from .dataset import Pictures, VLMDataset, collate_pictures
 
@@ -55,8 +56,11 @@ def report(dataset):
     total = dataset.problems.total
     by_reason = dataset.problems.by_reason
     bad = set().union(*by_reason.values())
-    lines = [dataset.describe(), f"{total:,} records, {total - len(bad):,} can be used"]
+    lines = [f"{total:,} records, {total - len(bad):,} can be used"]
     lines += [f"  {len(numbers):,} skipped: {reason}" for reason, numbers in by_reason.items()]
+    if not len(dataset):
+        return "\n".join(lines)
+    lines.insert(0, dataset.describe())
 
     lengths = dataset.lengths
     lines.append(
@@ -73,18 +77,22 @@ def report(dataset):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="FILE", help="files of records, or a folder of them")
-    parser.add_argument("--images_path", default="dataset/pretrain_images", help="folder or archive of their pictures")
-    parser.add_argument("--out_dir", default="out", help="folder in which Parquet rows and tokens are kept")
+    parser.add_argument(
+        "--images_path", default=STAGES["pretrain"].images_path, help="folder or archive of their pictures"
+    )
+    parser.add_argument(
+        "--out_dir", default=in_repository("out"), help="folder in which Parquet rows and tokens are kept"
+    )
     parser.add_argument("--tokenizer_path", default=TOKENIZER_PATH, help="folder of the tokenizer")
-    parser.add_argument("--max_seq_len", type=int, default=512, help="tokens a record, as in training")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="processes that read pictures")
+    parser.add_argument("--max_seq_len", type=TOKENS, default=512, help="tokens a record, as in training")
+    parser.add_argument("--num_workers", type=PROCESSES, default=os.cpu_count(), help="processes that read pictures")
     demo = {name: DEMO_MODEL[name] for name in ("images_path", "tokenizer_path")}
     args = parse_with_demo(parser, demo)
     tokenizer = load_tokenizer(args.tokenizer_path)
     config = LMConfig(**tokenizer_fields(tokenizer))
 
     # any number of bad records is tolerated: all of them should be reported
-    strictness = {"strict": False, "max_fraction": 1.0, "notify": tqdm.write, "num_shown": 10}
+    strictness = {"strict": False, "max_fraction": 1.0, "notify": tqdm.write, "num_shown": 10, "allow_empty": True}
     dataset = VLMDataset(
         args.files, args.images_path, tokenizer, config, args.max_seq_len, SMALL, args.out_dir, **strictness
     )

@@ -27,7 +27,7 @@ from model.arguments import TOKENIZER_PATH
 from model.checkpoint import load_tokenizer
 from model.conversation import tokenizer_fields
 from model.errors import BadInput, BadRecord, run_script
-from model.files import write_atomically
+from model.files import in_repository, write_atomically
 from model.images import Preprocess, opened
 from model.LMConfig import LMConfig
 from model.stages import DEMO_MODEL
@@ -243,11 +243,13 @@ def main():
         print(f"with the tokenizer in {args.tokenizer_path}: {dataset.describe()}")
 
     # the summary ends with the next command to run
-    data_flags = f"--data_path {quoted(args.target)} --images_path {quoted(args.folder)}"
+    command = [in_repository("2-sft_vlm.py"), "--from_weights", in_repository("out/512_vlm_sft.pth")]
+    command += ["--out_dir", in_repository("out/mine")]
+    command += ["--data_path", str(args.target), "--images_path", str(args.folder)]
     not_used = f" (columns not used: {', '.join(unused)})" if unused else ""
     print(
         f"wrote {args.target}: {len(records)} records about {num_pictures} pictures{not_used}; next: "
-        f"python 2-sft_vlm.py --from_weights out/512_vlm_sft.pth --out_dir out/mine {data_flags} {SETTINGS}"
+        f"python {' '.join(map(quoted, command))} {SETTINGS}"
     )
 
 

@@ -20,7 +20,6 @@ pixels, L labels in the batch.
 
 import hashlib
 import json
-import pickle
 
 import numpy as np
 import torch
@@ -74,9 +73,11 @@ def encode_records(source, tokenizer, config, max_seq_len, problems):
             # a record that has lost all its answers has nothing left to learn
             if is_answer.any():
                 yield number, ids, is_answer, names, truncated
-            else:
+            elif truncated:
                 message = f"{where}: its answers lie beyond --max_seq_len {max_seq_len}"
                 problems.add(BadRecord("answer beyond --max_seq_len", message), number)
+            else:
+                problems.add(BadRecord("no answer", f"{where}: the tokenizer makes no token of its answers"), number)
     problems.total = total
 
 
@@ -169,7 +170,7 @@ def read_encoded(file, key):
     """The dict of `encode_source` in a file, mapped into memory; None if there is no such file for this `key`."""
     try:
         encoded = torch.load(file, weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):  # not there, or damaged
+    except Exception:  # noqa: BLE001  not there, or damaged in whatever way
         return None
     return encoded if isinstance(encoded, dict) and encoded.get("key") == key else None
 
@@ -191,13 +192,25 @@ class VLMDataset(Dataset):
     data_path, images_path, out_dir: as in `Source`. The constructor reads and tokenises everything once, into flat arrays that
     worker processes share; if there is an out_dir it keeps them in its folder `data`, and maps that file the next time.
     Records that can't be used, or whose answers all lie beyond `max_seq_len`, are skipped and counted in `problems`, a
-    `Problems(**strictness)`; `num_truncated` counts the records that lose a part. BadInput if none is left.
+    `Problems(**strictness)`; `num_truncated` counts the records that lose a part. BadInput if none is left, unless
+    `allow_empty`.
 
     A record whose image turns out to be bad when it is opened is replaced by the next good one, so that batches keep their
     size and resumed runs continue with the same samples; the item reports it in `problems`.
     """
 
-    def __init__(self, data_path, images_path, tokenizer, config, max_seq_len, preprocess, out_dir=None, **strictness):
+    def __init__(
+        self,
+        data_path,
+        images_path,
+        tokenizer,
+        config,
+        max_seq_len,
+        preprocess,
+        out_dir=None,
+        allow_empty=False,
+        **strictness,
+    ):
         self.preprocess = preprocess
         self.problems = Problems(**strictness)
         self.features = None
@@ -206,6 +219,8 @@ class VLMDataset(Dataset):
 
         # per record its token ids, which of them belong to an answer, and the rows of its images; per image its name
         encoded = self.load_or_encode(tokenizer, config, max_seq_len)
+        if not len(encoded["record_numbers"]) and not allow_empty:
+            raise BadInput(f"{self.source} has no record that can be used: {self.problems}")
         self.ids, self.is_answer, self.image_rows, self.image_names = (
             RaggedArray(*encoded[name]) for name in ("ids", "is_answer", "image_rows", "image_names")
         )
@@ -230,10 +245,8 @@ class VLMDataset(Dataset):
 
         # only all the files show whether too much of them is lost
         self.problems.raise_if_too_many()
-        if not len(encoded["record_numbers"]):
-            raise BadInput(f"{self.source} has no record that can be used: {self.problems}")
 
-        if file and is_new:
+        if file and is_new and len(encoded["record_numbers"]):
             encoded |= {"key": key, "problems": self.problems.state()}
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)

@@ -25,9 +25,13 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
+from model.arguments import COUNT, COUNT_OR_NONE, SEED
+from model.errors import run_script
+from model.files import in_repository
+
 from .records import CAPTION_PROMPT, make_record
 
-FOLDER = Path("dataset/demo_world")
+FOLDER = Path(in_repository("dataset/demo_world"))
 COLOURS = {
     "红色": (222, 45, 45),
     "橙色": (245, 140, 25),
@@ -502,7 +506,7 @@ def build(folder, pictures=6000, pairs=3000, animations=1500, held_out=200, turn
 
 def build_if_asked_for(files):
     """Draws the demo's world if one of `files` belongs to it and no complete world, of whatever size, is there."""
-    if any(Path(file).parent == FOLDER for file in files) and not (FOLDER / "world.json").exists():
+    if any(Path(file).resolve().parent == FOLDER.resolve() for file in files) and not (FOLDER / "world.json").exists():
         build(FOLDER)
 
 
@@ -547,18 +551,24 @@ def build_eval_pictures(folder, seed=1):
     write(asked, multi)
 
 
-if __name__ == "__main__":
+def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", nargs="?", default=FOLDER)
-    parser.add_argument("--pictures", type=int, default=6000, help="training pictures (default %(default)s)")
-    parser.add_argument("--pairs", type=int, default=3000, help="training pairs of pictures (default %(default)s)")
-    parser.add_argument("--clips", type=int, default=1500, help="training animations (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pictures", type=COUNT, default=6000, help="training pictures (default %(default)s)")
+    parser.add_argument(
+        "--pairs", type=COUNT_OR_NONE, default=3000, help="training pairs of pictures (default %(default)s)"
+    )
+    parser.add_argument("--clips", type=COUNT_OR_NONE, default=1500, help="training animations (default %(default)s)")
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument(
         "--eval_pictures", action="store_true", help="only redraw dataset/eval_images and eval_multi_images"
     )
     args = parser.parse_args()
     if args.eval_pictures:
-        build_eval_pictures("dataset")
-        sys.exit()
+        build_eval_pictures(in_repository("dataset"))
+        return
     build(args.folder, pictures=args.pictures, pairs=args.pairs, animations=args.clips, seed=args.seed)
+
+
+if __name__ == "__main__":
+    run_script(main)

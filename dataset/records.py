@@ -200,7 +200,7 @@ def parse_turn(turn, where):
 
 
 def shortened(value):
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    text = json.dumps(value, ensure_ascii=False, default=str).encode(errors="backslashreplace").decode()
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 

@@ -1,18 +1,51 @@
 """The command line: flags that several scripts share, their defaults, and the model that they ask for."""
 
 import argparse
+import math
 import os
+import re
 from functools import partial
 
 import torch
 
 from .chat import Chat
 from .errors import BadInput
+from .files import in_repository
 from .generate import SETTINGS
 from .stages import STAGES, TOKENIZER_PATH, VISION_PATH, answering_stage, weights_path
 
 MAX_BAD_FRACTION = 0.05  # of the records; training skips them
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def number(kind, least, most):
+    """The type of a flag whose value is a number of a kind, int or float, from `least` to `most`."""
+
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:  # as is nan
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"should be {what} from {least} to {most}, not {text!r:.50}")
+        return value
+
+    return read
+
+
+COUNT = number(int, 1, 10**9)
+COUNT_OR_NONE = number(int, 0, 10**9)
+FRACTION = number(float, 0, 1)
+LEARNING_RATE = number(float, 1e-12, 1e30)
+SEED = number(int, 0, 2**63 - 1)
+# sizes that can be computed with, however long it takes
+WIDTH = number(int, 1, 10**6)
+LAYERS = number(int, 1, 10**4)
+TOKENS = number(int, 2, 10**6)
+PROCESSES = number(int, 0, 1000)
+THREADS = number(int, 1, 1000)
+MINUTES = number(float, 1e-3, 10**6)
 
 
 def parse_bool(text):
@@ -29,6 +62,22 @@ def add_switch(parser, name, help):
     parser.add_argument(name, nargs="?", const=True, default=False, type=parse_bool, metavar="True|False", help=help)
 
 
+def parse_device(text):
+    """The value of `--device`; whether there is such a device, `check_device` knows."""
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"should be cuda, cuda:0, mps or cpu, not {text!r:.50}")
+    return text
+
+
+def check_device(device):
+    """BadInput if this machine, or its PyTorch, has no such device."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a PyTorch without CUDA
+        why = re.split(r"\n|\. ", str(error))[0]  # PyTorch's first sentence
+        raise BadInput(f"{device} can't be used here ({why}): name another --device, or leave it out") from None
+
+
 def default_device():
     if torch.cuda.is_available():
         return "cuda"
@@ -37,22 +86,27 @@ def default_device():
 
 def add_model_arguments(parser):
     """Sizes of the model, paths and device: what training and answering share."""
-    parser.add_argument("--dim", type=int, help="width of the language model (default: that of the weights, or 512)")
-    parser.add_argument("--n_layers", type=int, help="layers (default: those of the weights, or 8)")
-    parser.add_argument("--n_heads", type=int, help="attention heads (default: those of the weights, or 16)")
+    parser.add_argument("--dim", type=WIDTH, help="width of the language model (default: that of the weights, or 512)")
+    parser.add_argument("--n_layers", type=LAYERS, help="layers (default: those of the weights, or 8)")
+    parser.add_argument("--n_heads", type=LAYERS, help="attention heads (default: those of the weights, or 16)")
     parser.add_argument(
         "--n_kv_heads",
-        type=int,
+        type=LAYERS,
         help="key/value heads, each shared by several attention heads (default: those of the weights, or 8)",
     )
     parser.add_argument(
-        "--max_seq_len", type=int, default=512, help="longest conversation in tokens; a picture takes 50"
+        "--max_seq_len", type=TOKENS, default=512, help="longest conversation in tokens; a picture takes 50"
     )
     add_switch(parser, "--use_moe", help="experts in place of each feed-forward")
-    parser.add_argument("--out_dir", default="out", help="folder of weights and logs")
+    parser.add_argument(
+        "--out_dir", default=in_repository("out"), help="folder of weights and logs (default %(default)s)"
+    )
     add_path_arguments(parser)
     parser.add_argument(
-        "--device", default=default_device(), help="cuda, mps or cpu (default: the first that is there)"
+        "--device",
+        type=parse_device,
+        default=default_device(),
+        help="cuda, mps or cpu (default: the first that is there)",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 or float16 on a GPU, float32 on a CPU")
 
@@ -101,43 +155,66 @@ def add_training_arguments(parser, stage=STAGES["pretrain"]):
     add_switch(parser, "--freeze_llm", help="train only the projector")
     parser.add_argument(
         "--seed",
-        type=int,
+        type=SEED,
         default=1337,
         help="seed of random weights, dropout and the order of samples (default %(default)s)",
     )
-    parser.add_argument("--epochs", type=int, default=1, help="passes over the data (default %(default)s)")
+    parser.add_argument("--epochs", type=COUNT, default=1, help="passes over the data (default %(default)s)")
     parser.add_argument(
-        "--batch_size", type=int, default=16, help="samples per batch and process (default %(default)s)"
+        "--batch_size", type=COUNT, default=16, help="samples per batch and process (default %(default)s)"
     )
     parser.add_argument(
         "--batch_tokens",
-        type=int,
+        type=COUNT,
         help="tokens per batch, padding included, instead of --batch_size: as many samples of similar length as fit",
     )
     parser.add_argument(
-        "--learning_rate", type=float, default=stage.learning_rate, help="peak learning rate (default %(default)s)"
+        "--learning_rate",
+        type=LEARNING_RATE,
+        default=stage.learning_rate,
+        help="peak learning rate (default %(default)s)",
     )
-    parser.add_argument("--accumulation_steps", type=int, default=1, help="batches per optimizer step")
-    parser.add_argument("--grad_clip", type=float, default=1.0, help="scale larger gradients down to this norm")
-    parser.add_argument("--warmup_iters", type=int, default=0, help="optimizer steps of linear warm-up")
-    parser.add_argument("--log_interval", type=int, default=10, help="optimizer steps between log lines")
-    parser.add_argument("--save_interval", type=int, default=1000, help="optimizer steps between saves")
+    parser.add_argument("--accumulation_steps", type=COUNT, default=1, help="batches per optimizer step")
+    parser.add_argument(
+        "--grad_clip",
+        type=number(float, 0, 1e30),
+        default=1.0,
+        help="scale larger gradients down to this norm; 0 leaves them as they are (default %(default)s)",
+    )
+    parser.add_argument("--warmup_iters", type=COUNT_OR_NONE, default=0, help="optimizer steps of linear warm-up")
+    parser.add_argument(
+        "--log_interval",
+        type=COUNT_OR_NONE,
+        default=10,
+        help="optimizer steps between log lines; 0 writes none (default %(default)s)",
+    )
+    parser.add_argument(
+        "--save_interval",
+        type=COUNT_OR_NONE,
+        default=1000,
+        help="optimizer steps between saves; 0 saves only at the end (default %(default)s)",
+    )
     add_switch(parser, "--strict", help="stop at the first record that can't be used instead of skipping it")
     parser.add_argument(
         "--max_bad_fraction",
-        type=float,
+        type=FRACTION,
         default=MAX_BAD_FRACTION,
         help="stop if more of the records can't be used (default %(default)s)",
     )
     add_switch(parser, "--resume", help="continue an interrupted run with the same arguments, if there is one")
     parser.add_argument(
-        "--val_fraction", type=float, default=0.0, help="fraction of the samples to hold out for validation"
+        "--val_fraction", type=FRACTION, default=0.0, help="fraction of the samples to hold out for validation"
     )
     parser.add_argument("--val_path", nargs="+", help="files of records to validate on instead")
-    parser.add_argument("--eval_interval", type=int, default=1000, help="optimizer steps between validations")
+    parser.add_argument(
+        "--eval_interval",
+        type=COUNT_OR_NONE,
+        default=1000,
+        help="optimizer steps between validations; 0 makes none, not even at the end (default %(default)s)",
+    )
     parser.add_argument(
         "--num_workers",
-        type=int,
+        type=PROCESSES,
         default=min(4, os.cpu_count()) if torch.cuda.is_available() else 0,
         help="processes that read pictures ahead (default: 4 with a GPU, 0 without)",
     )
@@ -160,7 +237,7 @@ def add_chat_arguments(parser):
     )
     parser.add_argument(
         "--max_frames",
-        type=int,
+        type=COUNT,
         default=8,
         help="most frames to use of a video or animation; fewer if the context has no room (default %(default)s)",
     )
@@ -232,6 +309,7 @@ def load_chat(args):
 
     BadInput says which stages to run if the demo's weights are missing.
     """
+    check_device(args.device)
     weights = args.weights
     if not weights:
         wanted = answering_stage(args.multi)

@@ -4,18 +4,16 @@ import copy
 import hashlib
 import inspect
 import json
-import pickle
+import os
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors
-import safetensors.torch
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from .conversation import tokenizer_fields
 from .errors import BadInput
-from .files import find_weights, read_json_object, refuse_lfs_pointer, write_atomically, write_json
+from .files import files_of_weights, find_weights, read_json_object, read_tensors, write_atomically, write_json
 from .layouts import (
     fields_of_config,
     fields_of_generation,
@@ -30,7 +28,10 @@ from .LMConfig import LMConfig
 from .model_vlm import MiniMindVLM
 from .vision_utils import VISION, VisionEncoder, load_vision
 
-PREFIXES = ("_orig_mod.", "module.")  # left in a file by torch.compile and by data-parallel training
+CHECKPOINTS = ("model", "state_dict", "model_state_dict", "module")  # where files that hold more than weights have them
+# parts of names that torch.compile, data-parallel training and checkpointed activations leave in a file
+WRAPPINGS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+EMBEDDINGS = ("tok_embeddings.weight", "model.embed_tokens.weight")  # in our layout, and in a llama's
 EXTRAS = ("pos_cis", ".mask", "freqs_cos", "freqs_sin", ".inv_freq")  # buffers of older files
 PROJECTOR = "vision_proj."
 TIED = ("tok_embeddings.weight", "output.weight")  # one tensor; safetensors keeps it under one of its two names
@@ -92,9 +93,9 @@ def weights_file(path):
     path = Path(path)
     if path.is_dir():
         path = find_weights(path)
-    if path.suffix == ".json":
-        raise BadInput(f"{path} is an index of sharded weights: merge them into one file")
-    if not path.exists():
+    elif path.name.endswith(".index.json"):
+        raise BadInput(f"{path} is the index of a folder of weights: name the folder, {path.parent}")
+    if not os.path.exists(path):
         raise BadInput(
             f"{path} not found: run the stage that makes it or download it (see README, 'Which weights start which stage')"
         )
@@ -104,30 +105,33 @@ def weights_file(path):
 def read_weights(path):
     """The language model's and the projector's tensors in a .pth file or a transformers folder, in the layout they have.
 
-    Prefixes and extra buffers of older files are removed, and so is a CLIP in the same file. Code in the file never runs.
-    BadInput says what is wrong with the file.
+    Wrappings (`without_wrappings`) and extra buffers of older files are removed, and so is a CLIP in the same file. Code in
+    the file never runs. BadInput says what is wrong with the file.
     """
     path = weights_file(path)
-    refuse_lfs_pointer(path)
-    try:
-        if path.suffix == ".safetensors":
-            state = safetensors.torch.load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, safetensors.SafetensorError) as error:
-        if "GLOBAL" in str(error):  # the pickle wants to call something
-            raise BadInput(f"{path} contains pickled code, not only tensors: refusing to load it") from None
-        raise BadInput(f"{path} is truncated, or not a file of weights: copy or download it again") from None
-    if not isinstance(state, dict) or not all(torch.is_tensor(tensor) for tensor in state.values()):
-        raise BadInput(f"{path} is not a file of weights: expected named tensors")
+    state = read_tensors(path)
+    if not isinstance(state, dict):
+        raise BadInput(f"{path} is not a file of weights: expected named tensors, not {type(state).__name__}")
+    while key := next((key for key in CHECKPOINTS if isinstance(state.get(key), dict)), None):
+        state = state[key]
+    odd = [name for name, tensor in state.items() if not isinstance(name, str) or not torch.is_tensor(tensor)]
+    if odd:
+        raise BadInput(f"{path} is not a file of weights: expected named tensors, but {odd[0]!r:.100} is no tensor")
 
     # only the model's own tensors
-    for prefix in PREFIXES:
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    state = without_wrappings(state)
     state = {name: state[name] for name in state if not name.endswith(EXTRAS) and not name.startswith(VISION)}
     if not {our_name(name) for name in state} & {*TIED}:
         raise BadInput(f"{path} is not a MiniMind: it has no {TIED[0]}, but {next(iter(state), 'nothing')}")
     return state
+
+
+def without_wrappings(state):
+    """Named tensors without what torch.compile, data-parallel training and a module around the model put into the names."""
+    state = {".".join(part for part in name.split(".") if part not in WRAPPINGS): state[name] for name in state}
+    # of a module around it, as Lightning's, only the part with the embeddings is the model
+    part = next((name.removesuffix(end) for end in EMBEDDINGS for name in state if name.endswith(f".{end}")), "")
+    return {name.removeprefix(part): tensor for name, tensor in state.items() if name.startswith(part)}
 
 
 def in_our_layout(state, config):
@@ -276,7 +280,7 @@ def count_parameters(state, config):
 
 def describe(path, state, config):
     """One line about weights: file, size, number of parameters, and which parts they form."""
-    megabytes = weights_file(path).stat().st_size / 1e6
+    megabytes = sum(file.stat().st_size for file in files_of_weights(weights_file(path))) / 1e6
     parameters = count_parameters(state, config)
     bias = " with a bias" if f"{PROJECTOR}vision_proj.0.bias" in state else ""
     parts = "language model" + (f" and projector{bias}" if any(PROJECTOR in name for name in state) else "")

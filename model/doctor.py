@@ -25,7 +25,7 @@ from packaging.requirements import Requirement
 from dataset.records import parse_record
 from dataset.source import Source, place_inside
 
-from .arguments import MAX_BAD_FRACTION, add_model_arguments, model_sizes, parse_with_demo
+from .arguments import MAX_BAD_FRACTION, add_model_arguments, check_device, model_sizes, parse_with_demo
 from .checkpoint import (
     KNOWN_TOKENIZERS,
     PUBLISHED_TOKENIZER,
@@ -128,10 +128,8 @@ def other_packages():
 
 def device_facts(device):
     """A device's name and memory. BadInput if it can't be used."""
-    try:
-        kind = torch.zeros(1, device=device).device.type
-    except (RuntimeError, AssertionError) as error:  # the latter from a PyTorch without CUDA
-        raise BadInput(f"{str(error).splitlines()[0]}: name another --device") from None
+    check_device(device)
+    kind = torch.device(device).type
     if kind == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         return f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB of memory"

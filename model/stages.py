@@ -3,17 +3,19 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from .files import in_repository
+
 # the embedded demo's defaults for flags that training and answering share
 DEMO_MODEL = {
     "dim": 192,
     "n_layers": 4,
     "n_heads": 6,
     "n_kv_heads": 3,
-    "vision_path": "model/demo",
-    "tokenizer_path": "model/demo",
-    "images_path": "dataset/demo_world/images",
+    "vision_path": in_repository("model/demo"),
+    "tokenizer_path": in_repository("model/demo"),
+    "images_path": in_repository("dataset/demo_world/images"),
 }
-DEMO_LLM = "model/demo/192_llm.pth"
+DEMO_LLM = in_repository("model/demo/192_llm.pth")
 # its defaults for training alone
 DEMO_TRAINING = {"cache_features": True, "learning_rate": 1e-3, "warmup_iters": 20}
 # and for answering: its questions have one right answer
@@ -44,10 +46,15 @@ STAGES = {
         title="Pretrain",
         starts_from="llm",
         writes="vlm_pretrain",
-        data_path="dataset/pretrain_vlm_data.json",
-        images_path="dataset/pretrain_images",
+        data_path=in_repository("dataset/pretrain_vlm_data.json"),
+        images_path=in_repository("dataset/pretrain_images"),
         learning_rate=4e-4,
-        demo={**DEMO_MODEL, **DEMO_TRAINING, "data_path": "dataset/demo_world/pretrain.json", "from_weights": DEMO_LLM}
+        demo={
+            **DEMO_MODEL,
+            **DEMO_TRAINING,
+            "data_path": in_repository("dataset/demo_world/pretrain.json"),
+            "from_weights": DEMO_LLM,
+        }
         | {"epochs": 4, "batch_size": 32},
     ),
     "sft": Stage(
@@ -55,20 +62,26 @@ STAGES = {
         title="SFT",
         starts_from="vlm_pretrain",
         writes="vlm_sft",
-        data_path="dataset/sft_vlm_data.json",
-        images_path="dataset/sft_images",
+        data_path=in_repository("dataset/sft_vlm_data.json"),
+        images_path=in_repository("dataset/sft_images"),
         learning_rate=1e-6,
-        demo={**DEMO_MODEL, **DEMO_TRAINING, "data_path": "dataset/demo_world/sft.json", "epochs": 3, "batch_size": 16},
+        demo={
+            **DEMO_MODEL,
+            **DEMO_TRAINING,
+            "data_path": in_repository("dataset/demo_world/sft.json"),
+            "epochs": 3,
+            "batch_size": 16,
+        },
     ),
     "sft_multi": Stage(
         command="2-sft_vlm.py --multi",
         title="SFT",
         starts_from="vlm_sft",
         writes="vlm_sft_multi",
-        data_path="dataset/sft_multi_vlm_data.json",
-        images_path="dataset/sft_multi_images",
+        data_path=in_repository("dataset/sft_multi_vlm_data.json"),
+        images_path=in_repository("dataset/sft_multi_images"),
         learning_rate=1e-6,
-        demo={**DEMO_MODEL, **DEMO_TRAINING, "data_path": "dataset/demo_world/sft_multi.json"}
+        demo={**DEMO_MODEL, **DEMO_TRAINING, "data_path": in_repository("dataset/demo_world/sft_multi.json")}
         | {"epochs": 6, "batch_size": 16},
     ),
 }
@@ -86,8 +99,8 @@ def weights_path(out_dir, config_or_args, name):
 
 # --- published parts ------------------------------------------------------------------------------------------------
 
-VISION_PATH = "model/clip_model/clip-vit-base-patch32"
-TOKENIZER_PATH = "model/minimind_tokenizer"
+VISION_PATH = in_repository("model/clip_model/clip-vit-base-patch32")
+TOKENIZER_PATH = in_repository("model/minimind_tokenizer")
 DATA_REPOSITORY = "jingyaogong/minimind-v_dataset"
 
 
@@ -127,16 +140,16 @@ def published_parts(args):
     """
     dim = args.dim or 512
     own_data = {name: stage.data_path for name, stage in STAGES.items()}
-    parquet = {**own_data, "pretrain": "dataset/pretrain_i2t.parquet", "sft": "dataset/sft_i2t.parquet"}
+    parquet = {**own_data, "pretrain": in_repository("dataset/pretrain_i2t.parquet")}
+    parquet["sft"] = in_repository("dataset/sft_i2t.parquet")
     minimind2 = "MiniMind2" if dim == 768 else "MiniMind2-Small"
+    folder2, folder3 = in_repository(minimind2), in_repository("minimind-3")
     clip = VISION_PATH, "openai/clip-vit-base-patch32"
-    siglip = "model/siglip2-base-p32-256-ve", "jingyaogong/siglip2-base-p32-256-ve"
+    siglip = in_repository("model/siglip2-base-p32-256-ve"), "jingyaogong/siglip2-base-p32-256-ve"
     return {
-        "minimind2": Parts(
-            f"{minimind2} with CLIP", dim, minimind2, f"jingyaogong/{minimind2}", minimind2, *clip, parquet
-        ),
+        "minimind2": Parts(f"{minimind2} with CLIP", dim, folder2, f"jingyaogong/{minimind2}", folder2, *clip, parquet),
         "minimind3": Parts(
-            "MiniMind-3 with SigLIP2", 768, "minimind-3", "jingyaogong/minimind-3", "minimind-3", *siglip, parquet
+            "MiniMind-3 with SigLIP2", 768, folder3, "jingyaogong/minimind-3", folder3, *siglip, parquet
         ),
         "v1": Parts(
             "the files of 2024, or your own",

@@ -4,18 +4,15 @@ Shapes: N images, S pixels on a side, P tokens per image ((S / patch_size)^2 + 1
 """
 
 import contextlib
-import pickle
 import threading
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 from transformers import AutoConfig, AutoModel, CLIPVisionModel, SiglipVisionModel
 from transformers.utils import logging as hf_logging
 
 from .errors import BadInput
-from .files import find_weights, read_json_object, refuse_lfs_pointer
+from .files import files_of_weights, find_weights, read_json_object, read_tensors, refuse_lfs_pointer
 from .images import Preprocess, normalise
 from .LMConfig import LMConfig
 
@@ -134,11 +131,11 @@ def load_vision(folder, device="cpu", dtype=torch.float32, drop_class_token=Fals
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
-    except (EOFError, pickle.UnpicklingError, safetensors.SafetensorError):
-        subject = f"{weights} names a file that is" if weights.suffix == ".json" else f"{weights} is"
-        raise BadInput(f"{subject} truncated, or not a file of weights: copy or download it again") from None
-    except (OSError, ValueError, RuntimeError) as error:
-        raise BadInput(f"the encoder in {folder} could not be loaded: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # noqa: BLE001  unpickling bytes that are no pickle can raise any
+        for file in files_of_weights(weights):
+            read_tensors(file)  # says which file is damaged, if one is
+        why = str(error).partition("\n")[0]
+        raise BadInput(f"the encoder in {folder} could not be loaded ({why}): copy or download it again") from None
 
     # every tensor must be there, in the size that config.json says
     for name, found, expected in sorted(info["mismatched_keys"]):
@@ -186,10 +183,10 @@ def bundled_vision(folder):
     """The encoder inside a MiniMind-V folder, as transformers' own class."""
     config = read_json_object(folder / "config.json")["vision_config"]
     model = AutoModel.from_config(AutoConfig.for_model(**config))
+    state = read_tensors(find_weights(folder))
+    state = {name.removeprefix(VISION): tensor for name, tensor in state.items() if name.startswith(VISION)}
     try:
-        state = safetensors.torch.load_file(folder / "model.safetensors")
-        state = {name.removeprefix(VISION): tensor for name, tensor in state.items() if name.startswith(VISION)}
         model.load_state_dict(state)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+    except RuntimeError as error:
         raise BadInput(f"the encoder in {folder} could not be loaded: {str(error).splitlines()[0]}") from None
     return model

@@ -156,6 +156,17 @@ WRONG = {  # record -> the reason that is counted, and what the message says
     "empty conversation": ({"image": "", "conversations": []}, "wrong shape", "expected an object"),
     "a number for a name": ({"image": [5], "conversations": talk("<image>", "x")}, "wrong shape", "'image' (names)"),
     "half a character": ({"image": "", "conversations": talk("?", "\ud83d")}, "wrong shape", "half a character"),
+    "half a character in a name": (
+        {"image": "\ud83d.png", "conversations": talk("<image>", "x")},
+        "wrong shape",
+        "half a character",
+    ),
+    "half a character in a role": (
+        {"image": "", "conversations": [{"role": "\ud83d", "content": "?"}]},
+        "wrong shape",
+        'not {"role": "\\ud83d"',
+    ),
+    "half a character in another form": ({"image": "", "talk": "\ud83d"}, "wrong shape", '"talk": "\\ud83d"'),
     "foreign role": (
         {"image": "", "conversations": [{"role": "cat", "content": "?"}]},
         "wrong shape",
@@ -272,6 +283,15 @@ def test_a_phone_s_heic_is_named_and_read_where_pillow_heif_is(tmp_path, monkeyp
     assert read_pixels(path, Preprocess(32))[:, 16, 16].tolist() == list(RED)
 
 
+@pytest.mark.parametrize("name", ["x" * 300 + ".jpg", "a\0b.jpg", "a" * 5000, "x" * 300 + "/a.jpg"])
+def test_names_that_no_file_can_have(tmp_path, tokenizer, name):
+    records = [{"image": picture, "conversations": talk("<image>", "x")} for picture in (name, "a.png")]
+    dataset = load(tmp_path, records, tokenizer)
+    ((problem, number),) = dataset[0]["problems"]
+    assert (problem.reason, number) == ("picture unreadable", 0) and len(str(problem)) < 400
+    assert len([*dataset.fingerprints()]) == 2  # what a feature cache asks for
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_records_are_left_out_and_counted(tmp_path, tokenizer, name):
     wrong, reason, says = WRONG[name]
@@ -282,7 +302,7 @@ def test_wrong_records_are_left_out_and_counted(tmp_path, tokenizer, name):
     )
     assert len(dataset) == 2 and dataset.problems.by_reason == {reason: {1, 2}}
     (line,) = messages  # one per reason, about the first
-    assert "data.json, record 1: " in line and says in line
+    assert "data.json, record 1: " in line and says in line and line.encode()
     with pytest.raises(BadInput, match="record 1"):
         load(tmp_path, [good, wrong], tokenizer, strict=True)
     with pytest.raises(BadInput, match=f"2 records skipped .2 {reason}., over --max_bad_fraction 0.4 of 4"):
@@ -422,6 +442,11 @@ def test_a_file_is_checked_beforehand(spoilt):
     for reason, count in COUNTED.items():
         assert f"{count} skipped: {reason}" in out
     assert sum(int(line.split()[3]) for line in out.splitlines() if " to " in line and "#" in line) == 46
+    nothing = spoilt.world / "nothing.json"
+    nothing.write_text(json.dumps([record for record, *_ in WRONG.values() if record != WRONG["answer truncated"][0]]))
+    code, out, err = run_python("-m", "dataset.check", nothing, *flags)
+    assert code == 1 and f"{len(WRONG) - 1} records, 0 can be used\n" in out and "skipped: wrong shape" in out
+    assert "max_seq_len" not in out + err and "Traceback" not in err
     good = spoilt.world / "good.json"
     good.write_text(json.dumps(json.loads((spoilt.world / "pretrain.json").read_text())[:10]))
     code, out, err = run_python("-m", "dataset.check", good, *flags)

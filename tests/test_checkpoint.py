@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 
 import numpy as np
@@ -21,13 +22,16 @@ from model.checkpoint import (
     load_tokenizer,
     load_vlm,
     read_metadata,
+    read_weights,
     save_weights,
     tokenizer_hash,
 )
 from model.conversation import tokenizer_fields
 from model.errors import BadInput
+from model.export import export, reverse
 from model.LMConfig import LMConfig
 from model.model_vlm import MiniMindVLM
+from model.training.resume import read_state
 from model.vision_utils import VisionEncoder, load_vision
 
 SIZES = {
@@ -186,9 +190,98 @@ def test_refusals_name_the_first_difference_and_its_cause(tmp_path, tokenizer):
     (tmp_path / "folder").mkdir()
     with pytest.raises(BadInput, match="model.safetensors not found"):
         load_vlm(tmp_path / "folder", LMConfig(**tiny), Published())
-    (tmp_path / "folder/model.safetensors.index.json").write_text("{}")
-    with pytest.raises(BadInput, match="index.json is an index of sharded weights"):
+    index = tmp_path / "folder/model.safetensors.index.json"
+    index.write_text("{}")
+    with pytest.raises(BadInput, match="index.json lists no files of weights: copy or download it again"):
         load_vlm(tmp_path / "folder", LMConfig(**tiny), Published())
+    index.write_text('{"weight_map": {"output.weight": "model-00001-of-00002.safetensors"}}')
+    with pytest.raises(BadInput, match="model-00001-of-00002.safetensors not found: copy or download it again"):
+        load_vlm(tmp_path / "folder", LMConfig(**tiny), Published())
+    with pytest.raises(BadInput, match=f"is the index of a folder of weights: name the folder, {tmp_path}/folder"):
+        load_vlm(index, LMConfig(**tiny), Published())
+
+
+NO_PICKLES = [
+    b"Repository not found",
+    b"(\n",
+    b"\x80\x04.",
+    b"cos\nsystem",
+    b"hello",
+    b"X",
+    b"\x80\x02}q\x00.",
+    b"PK\x03\x04",
+    b"0",
+]
+
+
+@pytest.mark.parametrize("content", NO_PICKLES)
+def test_any_bytes_in_place_of_weights_are_told(tmp_path, tiny_clip, content):
+    for file in (tmp_path / "64_llm.pth", tmp_path / "model.safetensors", tmp_path / "pytorch_model.bin"):
+        file.write_bytes(content)
+        with pytest.raises(BadInput, match=f"{file} (is|contains) "):
+            read_weights(file)
+    with pytest.raises(BadInput, match="64_llm.pth is truncated or corrupt|by another version"):
+        read_state(tmp_path / "64_llm.pth")
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        for file in tiny_clip.glob("*.safetensors"):
+            file.unlink()
+        (tiny_clip / name).write_bytes(content)
+        with pytest.raises(BadInput, match=f"{tiny_clip}.*: copy or download it again|pickled code"):
+            load_vision(tiny_clip)
+
+
+WRAPPED = {
+    "compiled before data-parallel": lambda state: {f"module._orig_mod.{name}": state[name] for name in state},
+    "three times": lambda state: {f"_orig_mod.module._orig_mod.{name}": state[name] for name in state},
+    "each layer compiled": lambda state: {
+        re.sub(r"^(layers\.\d+)\.", r"\1._orig_mod.", name): state[name] for name in state
+    },
+    "fsdp": lambda state: {f"_fsdp_wrapped_module.{name}": state[name] for name in state},
+    "under model": lambda state: {"model": state, "epoch": 3, "optimizer": {"state": {}}},
+    "twice": lambda state: {"state_dict": {"model": state}},
+    "under model_state_dict": lambda state: {"epoch": 3, "model_state_dict": state},
+    "Lightning's": lambda state: {
+        "pytorch-lightning_version": "2.5",
+        "state_dict": {f"model.{name}": state[name] for name in state} | {"criterion.weight": state["norm.weight"][:0]},
+    },
+}
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
+def test_what_is_wrapped_around_weights_is_taken_off(tmp_path, wrapped):
+    tiny = dict(dim=64, n_layers=2, n_heads=4, n_kv_heads=2)
+    path = formula_file(tmp_path / "64_vlm_sft.pth", **tiny)
+    state = torch.load(path)
+    torch.save(WRAPPED[wrapped](state), path)
+    model, _ = load_vlm(path, LMConfig(**tiny), Published())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_a_sharded_folder_loads(tmp_path, tokenizer, tiny_clip, form):
+    """As transformers writes one of `max_shard_size`, with its CLIP."""
+    weights = save_random_vlm(tmp_path / "64_vlm_sft.pth", tokenizer)
+    folder = tmp_path / "folder"
+    export(weights, folder, ROOT / "model/demo", tiny_clip, with_vision=True)
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    usual = "model.safetensors" if form == "safetensors" else "pytorch_model.bin"
+    shards = {}
+    for i, name in enumerate(sorted(tensors)):
+        shards.setdefault(usual.replace(".", f"-0000{i % 3 + 1}-of-00003."), {})[name] = tensors[name]
+    for file, shard in shards.items():
+        (safetensors.torch.save_file if form == "safetensors" else torch.save)(shard, folder / file)
+    names = {name: file for file, shard in shards.items() for name in shard}
+    (folder / f"{usual}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    chat = Chat(folder, "nowhere", "nowhere")
+    ours = torch.load(weights)
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in chat.model.state_dict().items())
+    assert encoder_hash(chat.encoder) == encoder_hash(load_vision(tiny_clip))
+    assert "0.5 MB" not in chat.summary and "132,160 parameters of language model and projector" in chat.summary
+    reverse(folder, tmp_path / "back.pth")
+    (folder / usual.replace(".", "-00002-of-00003.")).unlink()
+    with pytest.raises(BadInput, match="00002-of-00003.* not found: copy or download it again"):
+        read_weights(folder)
 
 
 def test_a_damaged_tokenizer_is_told(tmp_path):

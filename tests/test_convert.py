@@ -57,7 +57,9 @@ def test_captions_as_a_spreadsheet_writes_them(place, capsys):
     out = capsys.readouterr().out.splitlines()[-1]
     assert out.startswith("wrote my.json: 2 records about 2 pictures")
     assert (
-        "not used: date" in out and "python 2-sft_vlm.py" in out and "--data_path my.json --images_path photos" in out
+        "not used: date" in out
+        and "2-sft_vlm.py --from_weights " in out
+        and "--data_path my.json --images_path photos" in out
     )
 
 

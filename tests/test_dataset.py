@@ -169,6 +169,16 @@ def test_coco_prefix_is_found(tmp_path, tokenizer):
     assert len(load(path, tokenizer)[0]["pixel_values"]) == 1
 
 
+def test_coco_prefix_is_looked_for_picture_by_picture(tmp_path, tokenizer):
+    """Behind a picture that is missing, and beside own ones; in training and in `--score`, which both read a Source."""
+    names = ("missing.jpg", "own.jpg", "0001.jpg", "0002.jpg")
+    pictures = ("own.jpg", "COCO_train2014_0001.jpg", "COCO_train2014_0002.jpg")
+    path = write(tmp_path, [record("<image>", image=name) for name in names], pictures=pictures)
+    dataset = load(path, tokenizer)
+    found = [len(dataset[i]["problems"]) for i in range(4)]
+    assert found == [1, 0, 0, 0]
+
+
 @pytest.mark.parametrize("text, image, message", [("<image>?", "", "0 images"), ("?", "a.png, b.png", "2 images")])
 def test_image_counts_are_checked(tmp_path, tokenizer, text, image, message):
     path = write(tmp_path, [record("<image>"), record(text, image=image)])

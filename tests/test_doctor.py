@@ -20,9 +20,18 @@ WEIGHTS = [f"64_{stage}.pth" for stage in ("llm", "vlm_pretrain", "vlm_sft", "vl
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 605157884\n"
 
 
+def clone_into(folder):
+    """What the doctor needs of the repository, as a clone has it."""
+    for file in (ROOT / "requirements.txt", *(ROOT / "model").rglob("*.py"), *(ROOT / "dataset").rglob("*.py")):
+        (folder / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, folder / file.relative_to(ROOT))
+
+
 def doctor(folder, *flags):
-    """What it finds in a folder: exit code, {what: (mark, all that it says of it)}, and its verdicts."""
-    code, out, err = run_python("-m", "model.doctor", *flags, cwd=folder, PYTHONPATH=str(ROOT))
+    """What it finds in a folder, as a clone of the repository: exit code, {what: (mark, all that it says of it)}, and its
+    verdicts."""
+    clone_into(folder)
+    code, out, err = run_python("-m", "model.doctor", *flags, cwd=folder)
     assert not err, err
     machine, findings, verdicts = out.split("\n\n")
     found = {}
@@ -196,8 +205,8 @@ def today(tmp_path, tiny_clip, world):
 
 def test_the_two_ways_of_today(today, tmp_path):
     """An empty clone, a half-filled one and a full one: each missing file, and the command that fetches it."""
-    (tmp_path / "empty").mkdir()
-    code, out, err = run_python("-m", "model.doctor", cwd=tmp_path / "empty", PYTHONPATH=str(ROOT))
+    clone_into(tmp_path / "empty")
+    code, out, err = run_python("-m", "model.doctor", cwd=tmp_path / "empty")
     assert code == 1 and not err and "the files of 2024" not in out
     for repository, place in (
         ("openai/clip-vit-base-patch32", CLIP),

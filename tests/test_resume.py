@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -30,6 +31,8 @@ from helpers import (
 
 from model.checkpoint import read_metadata, read_weights
 from model.errors import BadInput
+from model.training.distributed import Stop
+from model.training.logs import tell
 from model.training.resume import read_state
 from model.training.trainer import oom_details
 
@@ -59,7 +62,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_happened(place, undisturbed):
     assert "resuming after step 18 of 18" in run_whole(place, "--resume") and digest(place) == undisturbed[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_after_the_step_and_saves(place, undisturbed, number):
     process = begin(place, "--save_interval", 100)
     until(process, 4)
@@ -74,6 +77,52 @@ def test_a_signal_stops_after_the_step_and_saves(place, undisturbed, number):
     assert 4 <= stopped < 18 and f"64_vlm_pretrain.pth after step {stopped}" in text
     assert f"resuming after step {stopped} of 18" in run_whole(place, "--resume")
     assert (losses(place), digest(place)) == undisturbed
+
+
+def test_a_closed_pipe_stops_and_saves(place):
+    """As after `... | head -4`."""
+    process = begin(place, "--epochs", 300, "--save_interval", 0)
+    until(process, 4)
+    process.stdout.close()
+    assert process.wait(100) == 128 + signal.SIGTERM
+    stopped = max(losses(place))
+    assert 4 <= stopped < 1000 and read_metadata(place.out / "64_vlm_pretrain.pth")["step"] == stopped
+    assert read_state(place.out / "64_vlm_pretrain_resume.pth")["step"] == stopped
+
+
+def test_a_full_disk_for_what_it_prints_ends_no_training(monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, open("/dev/full", "w"))  # noqa: SIM115
+    stop = Stop(quiet=False)
+    print("x" * 10_000, flush=True)
+    tell("x" * 10_000)
+    stop.restore()
+    assert stop.signal is None
+
+
+def test_after_nohup_a_closed_terminal_does_not_matter(monkeypatch):
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = Stop(quiet=True)
+    os.kill(os.getpid(), signal.SIGHUP)
+    stop.restore()
+    signal.signal(signal.SIGHUP, previous)
+    assert stop.signal is None
+
+
+def test_an_interval_of_0_is_never(place):
+    never = ["--log_interval", 0, "--save_interval", 0, "--eval_interval", 0, "--val_fraction", 0.2]
+    text = run_whole(place, *never)
+    assert "step " not in text and "saved " in text and (place.out / "64_vlm_pretrain_resume.pth").exists()
+    assert [line for line in log_lines(place) if "step" in line and "run" not in line] == []
+
+
+def test_a_clipping_of_0_is_none(place):
+    run_whole(place, "--grad_clip", 1e9, "--epochs", 1)
+    unclipped = digest(place)
+    run_whole(place, "--grad_clip", 0, "--epochs", 1)
+    assert digest(place) == unclipped
+    run_whole(place, "--grad_clip", 0.01, "--epochs", 1)
+    assert digest(place) != unclipped
 
 
 def test_a_second_interrupt_ends_at_once():
@@ -317,7 +366,6 @@ def test_held_out_samples_are_measured_and_not_trained_on(place):
 def test_a_run_without_a_step_is_refused(place):
     for flags, why in (
         (["--val_fraction", 1], "3 epochs of 0 samples, and a step takes 8 samples"),
-        (["--epochs", 0], "0 epochs of 48 samples, and a step takes 8 samples"),
         (["--batch_tokens", 1024, "--accumulation_steps", 99], "3 epochs of 48 samples, and a step takes 99 batches"),
     ):
         code, text = attempt(place, *flags)

@@ -1,11 +1,15 @@
 """The numbered scripts, each as a process of its own, on small files of the real formats."""
 
+import argparse
+import io
 import json
 import math
 import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,9 +18,10 @@ from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from dataset import demo
-from model.arguments import default_device, pick_dtype
+from model.arguments import add_training_arguments, default_device, pick_dtype
 from model.chat import Chat
 from model.checkpoint import read_metadata, read_weights
+from model.errors import run_script
 from model.stages import STAGES
 from model.training.trainer import learning_rate_at
 
@@ -268,6 +273,112 @@ def test_world_is_the_same_from_the_same_seed(tmp_path):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     scene = demo.random_scene(random.Random(1))
     assert demo.draw(scene, random.Random(2)).tobytes() == demo.draw(scene, random.Random(2)).tobytes()
+
+
+@pytest.mark.parametrize(
+    "flag, value, expected",
+    [
+        ("--save_interval", "-1", "a whole number from 0 to 1000000000"),
+        ("--log_interval", "ten", "a whole number from 0 to 1000000000"),
+        ("--epochs", "0", "a whole number from 1 to 1000000000"),
+        ("--epochs", "1.5", "a whole number from 1 to 1000000000"),
+        ("--batch_size", "0", "a whole number from 1 to 1000000000"),
+        ("--dim", "-512", "a whole number from 1 to 1000000"),
+        ("--max_seq_len", "0", "a whole number from 2 to 1000000"),
+        ("--num_workers", "-1", "a whole number from 0 to 1000"),
+        ("--seed", "-1", "a whole number from 0 to 9223372036854775807"),
+        ("--learning_rate", "nan", "a number from 1e-12 to 1e+30"),
+        ("--learning_rate", "0", "a number from 1e-12 to 1e+30"),
+        ("--learning_rate", "inf", "a number from 1e-12 to 1e+30"),
+        ("--grad_clip", "-1", "a number from 0 to 1e+30"),
+        ("--val_fraction", "-0.5", "a number from 0 to 1"),
+        ("--max_bad_fraction", "5", "a number from 0 to 1"),
+        ("--device", "gpu", "cuda, cuda:0, mps or cpu"),
+    ],
+)
+def test_a_number_out_of_range_is_told_by_its_flag(capsys, flag, value, expected):
+    parser = argparse.ArgumentParser()
+    add_training_arguments(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args([flag, value])
+    assert f"error: argument {flag}: should be {expected}, not '{value}'\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["web_server.py", "--port", "99999"], ["-m", "dataset.demo", "--pictures", "0"], [CHAT, "--max_frames", "0"]],
+)
+def test_numbers_of_other_scripts_have_a_range_too(command):
+    code, _, err = run_python(*command)
+    assert code == 2 and f"argument {command[-2]}: should be a whole number from " in err
+
+
+def test_every_number_has_a_range():
+    """`int` and `float` as the type of a flag would let any number in."""
+    for file in [
+        *ROOT.glob("*.py"),
+        *(file for name in ("model", "dataset", "web") for file in ROOT.glob(f"{name}/**/*.py")),
+    ]:
+        assert not re.search(r"type=(int|float)\b", file.read_text(encoding="utf-8")), file
+
+
+def test_a_device_that_is_not_there_is_said(place, tokenizer):
+    save_llm(place, tokenizer)
+    for device in ("cuda", "mps"):
+        code, _, err = place.pretrain("--device", device)
+        assert code == 1 and f"error: {device} can't be used here (" in err and "name another --device" in err
+        assert "Traceback" not in err and len(err.splitlines()) == 1
+    code, _, err = run_python(CHAT, *place.model, "--device", "cuda")
+    assert code == 1 and "error: cuda can't be used here (" in err and "Traceback" not in err
+
+
+def test_a_closed_pipe_ends_answers_quietly(flags):
+    process = subprocess.Popen(
+        [sys.executable, CHAT, *flags, "--all"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(100) == 128 + 13 and process.stderr.read() == b""
+
+
+@pytest.mark.parametrize(
+    "encoding, written",
+    [("cp1252", "问 \\ud83d é".encode()), ("ascii", "问 \\ud83d é".encode()), ("gbk", b"\xce\xca \\ud83d \xa8\xa6")],
+)
+def test_any_text_can_be_printed(monkeypatch, encoding, written):
+    """Files and pipes of a Western Windows, those of a Chinese one, and half a character."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    monkeypatch.setattr(sys, "stderr", None)
+    run_script(lambda: print("问 \ud83d é", end=""))
+    assert sys.stdout.buffer.getvalue() == written
+
+
+def test_scripts_can_be_started_from_elsewhere(tmp_path, weights, tiny_clip):
+    """What a person types is relative to where she is, defaults are in the repository."""
+    (tmp_path / "here").mkdir()
+    places = [
+        "--weights",
+        f"../{weights.name}",
+        "--vision_path",
+        "../tiny_clip",
+        "--tokenizer_path",
+        ROOT / "model/demo",
+    ]
+    code, out, err = run_python(ROOT / CHAT, *places, "--device", "cpu", "--max_new_tokens", 2, cwd=tmp_path / "here")
+    assert code == 0 and out.count("问: ") == 14 and f"loaded ../{weights.name}" in out, err
+
+    _, out, _ = run_python(ROOT / PRETRAIN, "--help", cwd=tmp_path / "here")
+    helped = "".join(out.split())
+    _, out, _ = run_python("-m", "model.doctor", "--demo", cwd=tmp_path / "here", PYTHONPATH=str(ROOT))
+    for path in ("model/demo/192_llm.pth", "dataset/demo_world/sft_multi.json", "out/192_vlm_sft.pth"):
+        assert f" {ROOT / path}" in out
+    for path in (*STAGES["pretrain"].defaults.values(), "out", "model/minimind_tokenizer", "model/clip_model/clip-vit"):
+        assert isinstance(path, float) or f"(default{ROOT / path}" in helped
+    assert not [*(tmp_path / "here").iterdir()]
 
 
 @pytest.mark.parametrize("script", ["1-pretrain_vlm.py", "2-sft_vlm.py", "3-eval_chat.py", "web_server.py"])

@@ -138,6 +138,36 @@ def test_a_talk(screen, pictures, tmp_path):
     assert screen.process.wait(20) == 0
 
 
+def test_nothing_that_is_typed_ends_the_talk(screen):
+    screen.until("\npicture> ")
+    screen.type("What's this\n")
+    assert "What's this names no picture, and has an open quotation mark: press Enter" in screen.until("\npicture> ")
+    screen.type("~no_such_user/a.png\n")
+    assert "~no_such_user/a.png could not be read as a picture" in screen.until("\npicture> ")
+    screen.type(f"{'x' * 300}.png\n")
+    assert "could not be read as a picture (File name too long)" in screen.until("\npicture> ")
+    screen.type("\n")
+    screen.until("\n> ")
+    screen.type("/set max_new_tokens 3\n")
+    screen.until("\n> ")
+    for question in ("这是什么？" * 20, "What's this?"):
+        screen.type(f"{question}\n")
+        screen.until(r"\[3 tokens.*\n\n> ")
+    os.write(screen.master, b"\xff\xfe?\n")
+    assert "this was not UTF-8 text" in screen.until("\n> ")
+    screen.type("/exit\n")
+    assert screen.process.wait(20) == 0
+
+
+def test_an_error_of_any_kind_does_not_end_the_talk(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["3-eval_chat.py"])
+    terminal = runpy.run_path(str(ROOT / "3-eval_chat.py"))["Terminal"](None, ROOT / "dataset/eval_images", {})
+    lines = iter(["", "?", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    terminal.run()  # there is no model to ask
+    assert "that did not work (AttributeError: " in capsys.readouterr().out
+
+
 def test_a_question_that_does_not_fit_is_said_and_forgotten(screen):
     screen.until("\npicture> ")
     screen.type("\n")

@@ -200,7 +200,7 @@ def test_what_a_log_keeps_is_never_off_the_disk(tmp_path):
     lines = ['{"run": "a", "step": 0}', '{"step": 1, "loss": 2}', '{"run": "a", "step": 1}']
     lines += [f'{{"step": {step}, "loss": 1}}' for step in (2, 3, 3, 4)]
     path.write_text("\n".join(lines) + '\n{"step": 5, "lo')
-    args = argparse.Namespace(out_dir=str(tmp_path), use_wandb=False)
+    args = argparse.Namespace(out_dir=str(tmp_path), use_wandb=False, log_interval=1)
     log = Log(args, "run", step=3, steps=9)
     assert path.read_text() == "\n".join(lines[:-1]) + "\n"  # before anything new is flushed
     log.bar.close()

@@ -433,7 +433,7 @@ def test_sample_pictures_may_have_any_name(app, flags, pictures, tmp_path, monke
     (folder / name).write_bytes(pictures[0].read_bytes())
     (folder / "questions.json").write_text(json.dumps([[[name], "<image>\n?"]]))
     monkeypatch.setattr("web_server.load_chat", lambda args: app.chat)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("web_server.in_repository", lambda path: tmp_path / path)
     client = create_app(*flags).test_client()
     (sample,) = client.get("/info").get_json()["samples"]
     assert client.get(f"/{sample['pictures'][0]}").data == pictures[0].read_bytes()

@@ -24,7 +24,9 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from dataset import demo
+from model.arguments import COUNT, LEARNING_RATE, MINUTES, SEED, THREADS
 from model.conversation import encode
+from model.errors import run_script
 from model.images import Preprocess, normalise, to_pixels
 from model.vision_utils import VisionEncoder
 
@@ -189,11 +191,11 @@ def probe(clip):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=MINUTES, default=30)
+    parser.add_argument("--batch_size", type=COUNT, default=128)
+    parser.add_argument("--learning_rate", type=LEARNING_RATE, default=1e-3)
+    parser.add_argument("--threads", type=THREADS, default=2)
+    parser.add_argument("--seed", type=SEED, default=0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -226,4 +228,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

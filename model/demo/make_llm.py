@@ -20,8 +20,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoTokenizer
 
 from dataset import demo
+from model.arguments import COUNT, LEARNING_RATE, MINUTES, SEED, THREADS
 from model.checkpoint import provenance, write_weights
 from model.conversation import encode_conversations
+from model.errors import run_script
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
 
@@ -145,12 +147,12 @@ def save(model, tokenizer):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=16)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--turns", type=int, default=3, help="questions about each scene")
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=MINUTES, default=16)
+    parser.add_argument("--batch_size", type=COUNT, default=32)
+    parser.add_argument("--turns", type=COUNT, default=3, help="questions about each scene")
+    parser.add_argument("--learning_rate", type=LEARNING_RATE, default=2e-3)
+    parser.add_argument("--threads", type=THREADS, default=2)
+    parser.add_argument("--seed", type=SEED, default=0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -167,4 +169,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

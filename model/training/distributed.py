@@ -5,9 +5,13 @@ import signal
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
+
+from model.arguments import check_device
+from model.errors import discard_output
 
 
 class Processes:
@@ -16,13 +20,16 @@ class Processes:
     def __init__(self, device):
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
+        # one GPU per process
+        if self.world_size > 1 and device.startswith("cuda"):
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
         self.device = device
+        check_device(device)
         self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         if self.world_size > 1:
-            # one GPU per process; NCCL moves gradients between them
+            # NCCL moves gradients between GPUs
             if device.startswith("cuda"):
-                self.device = f"cuda:{os.environ['LOCAL_RANK']}"
-                torch.cuda.set_device(self.device)
+                torch.cuda.set_device(device)
             self.init_group("nccl" if device.startswith("cuda") else "gloo")
 
             # gloo for small host-side messages: no device sync. Long timeout: building the feature cache can take hours
@@ -89,7 +96,8 @@ class Processes:
 
 
 class Stop:
-    """Catches Ctrl-C and SIGTERM, so that the loop ends after its step. A second Ctrl-C ends the process at once.
+    """Catches Ctrl-C, SIGTERM and a closed terminal or pipe, so that the loop ends after its step. A second Ctrl-C ends the
+    process at once.
 
     signal: the number of the signal that came first, or None. quiet: prints nothing.
     """
@@ -99,8 +107,16 @@ class Stop:
         self.signal = None
         self.asked_at = 0.0
         self.previous_handlers = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        # Windows has no signal for a closed terminal; after `nohup` it should be ignored
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             self.previous_handlers[number] = signal.signal(number, self.handle)
+
+        # a closed pipe, as after `| head`, stops as SIGTERM does; SIGPIPE itself is ignored by Python
+        self.streams = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = (Output(stream, partial(self.handle, signal.SIGTERM, None)) for stream in self.streams)
 
     def handle(self, number, frame):
         # from a terminal under torchrun, one Ctrl-C arrives twice: directly and through torchrun
@@ -112,10 +128,40 @@ class Stop:
             if not self.quiet:
                 print("\nstopping after this step (Ctrl-C again: at once)", file=sys.stderr, flush=True)
 
-    def restore_handlers(self):
-        """Restores the previous signal handlers."""
+    def restore(self):
+        """Restores the previous signal handlers and streams."""
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
+        sys.stdout, sys.stderr = self.streams
+
+
+class Output:
+    """stdout or stderr of a training, which must not end where it can't be written to: a closed pipe, a full disk.
+
+    After the first error nothing is written any more. on_closed_pipe: called if the error was a closed pipe.
+    """
+
+    def __init__(self, stream, on_closed_pipe):
+        self.stream = stream
+        self.on_closed_pipe = on_closed_pipe
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, method, *arguments):
+        try:
+            method(*arguments)
+        except OSError as error:
+            discard_output(self.stream)
+            if isinstance(error, BrokenPipeError):
+                self.on_closed_pipe()
 
 
 def ignore_signals(_):

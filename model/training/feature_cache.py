@@ -31,7 +31,7 @@ def cache_key(vision_path, fingerprints):
         if file.suffix in (".safetensors", ".bin", ".json"):
             digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
     for fingerprint in fingerprints:
-        digest.update(f"{fingerprint}\n".encode())
+        digest.update(f"{fingerprint}\n".encode(errors="backslashreplace"))
     return digest.hexdigest()
 
 
@@ -60,7 +60,10 @@ class FeatureCache:
         if self.array is None and complete:
             note = read_json_object(self.note)
             if note.get("key") == self.key:
-                self.array = np.load(self.file, mmap_mode="r")
+                try:
+                    self.array = np.load(self.file, mmap_mode="r")
+                except (OSError, EOFError, ValueError):  # damaged
+                    return False
                 self.bad = {int(row): problem for row, problem in note.get("bad", {}).items()}
         return self.array is not None
 
@@ -111,7 +114,7 @@ class FeatureCache:
     def write_note(self, done, bad):
         """Writes the note, atomically."""
         new = self.note.with_suffix(".new")
-        new.write_text(json.dumps({"key": self.key, "done": done, "bad": bad}, ensure_ascii=False), encoding="utf-8")
+        new.write_text(json.dumps({"key": self.key, "done": done, "bad": bad}), encoding="utf-8")
         os.replace(new, self.note)
 
     def __getitem__(self, rows):

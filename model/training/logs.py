@@ -33,7 +33,7 @@ class Log:
             self.file.write(json.dumps(start) + "\n")
         except OSError as error:
             raise BadInput(f"{path} could not be written ({error.strerror}): name another --out_dir") from None
-        self.bar = tqdm(total=steps, initial=step, desc=name, disable=not sys.stderr.isatty())
+        self.bar = tqdm(total=steps, initial=step, desc=name, disable=not (args.log_interval and sys.stderr.isatty()))
         self.first_step = step
         self.steps = steps
         self.started = time.time()

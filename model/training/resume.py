@@ -5,13 +5,12 @@ A state is saved beside the weights: `x_resume.pth` beside `x.pth`. It holds no 
 """
 
 import json
-import pickle
 
 import torch
 
 from model.checkpoint import encoder_hash, tokenizer_hash
 from model.errors import BadInput
-from model.files import write_atomically
+from model.files import read_tensors, write_atomically
 
 FORMAT = 3  # raise it with every change of what a state holds
 
@@ -31,8 +30,8 @@ def read_state(path):
     if not path.exists():
         return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
+        state = read_tensors(path)
+    except BadInput:
         raise BadInput(f"{path} is truncated or corrupt: start over without --resume") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise BadInput(

@@ -304,7 +304,7 @@ class Run:
         else:
             val_indices = np.arange(len(val_dataset))
         self.val_loader = None
-        if len(val_indices):
+        if len(val_indices) and args.eval_interval:
             ranks = processes.rank, processes.world_size
             val_sampler = SortedBatches(val_indices, val_dataset.lengths, args.batch_size, *ranks)
             self.val_loader = make_loader(val_dataset, val_sampler, args)
@@ -345,12 +345,12 @@ class Run:
     def train(self):
         """Trains to the last step, or until it is asked to stop. Saves every `save_interval` steps and at the end."""
         is_main = self.processes.is_main
+        stop = Stop(quiet=not is_main)
         log = None
         if is_main:
             print(f"steps: {self.total_steps}, in {self.args.epochs} epochs", flush=True)
             log = Log(self.args, self.weights_file.stem, self.step, self.total_steps, self.wandb_id)
             self.wandb_id = log.wandb_id
-        stop = Stop(quiet=not is_main)
         save_ok = True
         started = time.time()  # of the steps that the next log line covers
         self.wrapped_model.train()
@@ -364,19 +364,19 @@ class Run:
                 is_last = self.step == self.total_steps
 
                 # all processes take part in metrics and validation, as they all-reduce; only the main one logs
-                if self.step % self.log_interval == 0 or is_last:
+                if self.is_due(self.log_interval) or is_last:
                     metrics = self.collect_metrics(started)
                     started = time.time()
-                    if log:
+                    if log and self.log_interval:
                         log.write(self.step, metrics)
-                if self.val_loader is not None and (self.step % self.eval_interval == 0 or is_last):
+                if self.val_loader is not None and (self.is_due(self.eval_interval) or is_last):
                     val_loss = self.validate()
                     if log:
                         log.write(self.step, {"val_loss": val_loss})
                     started = time.time()  # validation doesn't count as training time
 
                 # a failed save doesn't end the run, as a later one may succeed
-                if self.step % self.save_interval == 0 or is_last or stopping:
+                if self.is_due(self.save_interval) or is_last or stopping:
                     save_ok = self.save()
                 if stopping:
                     break
@@ -390,16 +390,20 @@ class Run:
         self.processes.barrier()
         self.finish(stop, save_ok)
 
+    def is_due(self, interval):
+        """Whether this step is one after which something is done that is done every so many steps; 0 is never."""
+        return interval > 0 and self.step % interval == 0
+
     def finish(self, stop, save_ok):
         """Reports what was saved. Exits with 128 + the signal if the run was stopped before its last step."""
-        stop.restore_handlers()
+        if save_ok and self.processes.is_main:
+            print(f"saved {self.weights_file}" + (f" after step {self.step}" if stop.signal else ""), flush=True)
+            if self.step < self.total_steps:
+                tell("stopped; add --resume to the same command to continue")
+        stop.restore()
         if not save_ok:
             raise BadInput(f"the last weights could not be saved: make room in {self.args.out_dir}, then --resume")
-        if self.processes.is_main:
-            print(f"saved {self.weights_file}" + (f" after step {self.step}" if stop.signal else ""), flush=True)
         if self.step < self.total_steps:
-            if self.processes.is_main:
-                tell("stopped; add --resume to the same command to continue")
             # without a signal of its own, this process stops because another one was asked to
             sys.exit(128 + (stop.signal or signal.SIGTERM))
 
@@ -439,7 +443,7 @@ class Run:
 
         # a non-finite gradient is the same on all ranks: all skip the update, without a device sync
         self.scaler.unscale_(self.optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)
         is_finite = grad_norm.isfinite()
         self.optimizer_step(is_finite)
 

@@ -96,7 +96,7 @@ def ours(args, run):
     next_step, train_step = laps.wrap("data", next), laps.wrap("step", run.train_step)
     for _ in range(args.lap_steps):
         train_step(next_step(steps), stop)
-    stop.restore_handlers()
+    stop.restore()
     run.forward_backward = graphed
     each = {name: spent / args.lap_steps for name, spent in laps.seconds.items()}
     each["forward"] -= each.get("clip", 0.0)  # which is a part of it

@@ -257,7 +257,7 @@ def steps_of(run, count):
         before = run.stats.loss_stats[0].clone()
         run.train_step(next(steps), stop)
         losses.append((run.stats.loss_stats[0] - before).item())
-    stop.restore_handlers()
+    stop.restore()
     return losses
 
 
@@ -274,7 +274,7 @@ def check_for_waiting(run):
                 run.train_step([dict(batch) for batch in batches], stop)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-    stop.restore_handlers()
+    stop.restore()
 
 
 def greedy(decoder, input_ids, features, count):
