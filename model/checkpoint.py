@@ -15,6 +15,7 @@ from .conversation import tokenizer_fields
 from .errors import BadInput
 from .files import files_of_weights, find_weights, read_json_object, read_tensors, write_atomically, write_json
 from .layouts import (
+    MINIMIND_3V,
     fields_of_config,
     fields_of_generation,
     from_llama,
@@ -33,6 +34,7 @@ CHECKPOINTS = ("model", "state_dict", "model_state_dict", "module")  # where fil
 WRAPPINGS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 EMBEDDINGS = ("tok_embeddings.weight", "model.embed_tokens.weight")  # in our layout, and in a llama's
 EXTRAS = ("pos_cis", ".mask", "freqs_cos", "freqs_sin", ".inv_freq")  # buffers of older files
+FLAGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "use_moe", "projector")  # LMConfig fields that flags can set
 PROJECTOR = "vision_proj."
 TIED = ("tok_embeddings.weight", "output.weight")  # one tensor; safetensors keeps it under one of its two names
 PUBLISHED_TOKENIZER = "64ac8f6e290e6c15"  # tokenizer_hash of minimind_tokenizer
@@ -181,13 +183,14 @@ def build_config(metadata, tokenizer, encoder, sizes=None, fallback=None):
 def read_model(path, metadata=None):
     """(named tensors, metadata, LMConfig fields that the tensors tell) of a .pth file or a transformers folder.
 
-    metadata: in place of what comes with it. For a file made elsewhere, its config names the placeholder of its generation.
+    metadata: in place of what comes with it. For what was made elsewhere, its config names the placeholder of its generation.
     """
     if metadata is None:
         metadata = read_metadata(path)
     state = read_weights(path)
-    if "config" not in metadata:
-        metadata = {**metadata, "config": placeholder_of_generation(state)}
+    noted = metadata.get("config", {})
+    if "image_chars" not in noted:
+        metadata = {**metadata, "config": {**placeholder_of_generation(state), **noted}}
     return state, metadata, {**fields_of_generation(state), **sizes_of(state)}
 
 
@@ -210,12 +213,16 @@ def check_fits(path, state, metadata, config, tokenizer=None, encoder=None):
         "image_tokens": other_clip,
     }
     noted = metadata.get("config", {})
+    if config.drop_class_token and not noted.get("drop_class_token"):
+        hints["image_tokens"] = "it was trained with the class token: leave out --drop_class_token"
     if "vision_width" in found:
         found["image_tokens"] = noted.get("image_tokens", config.image_tokens)
     found |= {name: noted[name] for name in ("n_heads", "n_kv_heads") if name in noted}  # which no shape tells
     for name, value in found.items():
         if value != getattr(config, name):
-            hint = hints.get(name, f"use --{name} {value}, or other weights")
+            if name in FLAGS:
+                hints[name] = f"use --{name} {value}, or other weights"
+            hint = hints.get(name, "the .json beside it may be that of other weights")
             raise BadInput(f"{path} has {name} {value}, expected {getattr(config, name)}: {hint}")
     if tokenizer is not None and metadata.get("tokenizer", tokenizer_hash(tokenizer)) != tokenizer_hash(tokenizer):
         raise BadInput(
@@ -338,6 +345,11 @@ def load_parts(
     noted = {**metadata.get("config", {}), **(sizes or {})}
     encoder = load_vision(vision_path, device, dtype, noted.get("drop_class_token", False))
     config = build_config(metadata, tokenizer, encoder, sizes, fallback)
+    if config.image_tokens >= config.max_seq_len:
+        raise BadInput(
+            f"a picture takes {config.image_tokens} tokens with the encoder in {vision_path}, and --max_seq_len is "
+            f"{config.max_seq_len}: raise it, or name another encoder"
+        )
 
     # random tensors, of the projector or of everything, depend on the seed alone
     if seed is not None:
@@ -345,8 +357,10 @@ def load_parts(
     if not weights:
         return Parts(MiniMindVLM(config), encoder, tokenizer, metadata, "")
     model, summary = load_vlm(weights, config, tokenizer, encoder, state, metadata, allow_missing_projector)
-    warning = tokenizer_warning(weights, metadata, tokenizer)
-    return Parts(model, encoder, tokenizer, metadata, f"{summary}\n{warning}" if warning else summary)
+    lines = [summary, tokenizer_warning(weights, metadata, tokenizer)]
+    if metadata["config"] == MINIMIND_3V:  # as of a file alone
+        lines.append(f"warning: {weights} has no .json beside it; it is taken for a published minimind-3v")
+    return Parts(model, encoder, tokenizer, metadata, "\n".join(filter(None, lines)))
 
 
 # --- weights out ----------------------------------------------------------------------------------------------------

@@ -30,14 +30,14 @@ def quantize(model, device):
 
 
 def matvec(x, weight):
-    """x (1, 1, in) times weight (out, in) -> (1, 1, out), as a matrix-vector product."""
-    return torch.mv(weight, x.flatten())[None, None]
+    """x, a row of `in` numbers, times weight (out, in) -> (out,), as a matrix-vector product."""
+    return torch.mv(weight, x.flatten())
 
 
 def sliced_bmm(x, weight, slices=8):
     """The same as one batched matmul over slices of the matrix."""
     column = x.view(1, -1).t().expand(slices, -1, 1)  # (slices, in, 1), with strides that take the fast path
-    return torch.bmm(weight.view(slices, -1, weight.shape[1]), column).view(1, 1, -1)
+    return torch.bmm(weight.view(slices, -1, weight.shape[1]), column).flatten()
 
 
 class RowLinear(nn.Linear):
@@ -48,7 +48,9 @@ class RowLinear(nn.Linear):
     """
 
     def forward(self, x):
-        return self.kernel(x, self.weight) if x.numel() == self.in_features else super().forward(x)
+        if x.numel() != self.in_features:
+            return super().forward(x)
+        return self.kernel(x, self.weight).view(*x.shape[:-1], -1)
 
     @classmethod
     @torch.inference_mode()

@@ -37,7 +37,7 @@ from .checkpoint import (
     tokenizer_hash,
 )
 from .errors import BadInput, BadRecord, run_script
-from .files import find_weights
+from .files import find_weights, in_repository
 from .images import Preprocess
 from .LMConfig import LMConfig
 from .model_vlm import MiniMindVLM
@@ -192,14 +192,19 @@ class Doctor:
         self.parts = parts
         self.marks = dict(marks)
         self.tokenizer = self.encoder = self.source = None
-        self.sizes = model_sizes(args)
-        named_after = argparse.Namespace(dim=parts.dim, use_moe=args.use_moe)
+        # published parts have their own sizes
+        self.sizes = {"max_seq_len": args.max_seq_len} if parts.llm_repository else model_sizes(args)
+        named_after = argparse.Namespace(dim=parts.dim, use_moe=args.use_moe and not parts.llm_repository)
         self.weights = {"llm": Path(parts.llm)}
         for stage in STAGES.values():
             self.weights[stage.writes] = weights_path(args.out_dir, named_after, stage.writes)
 
     def command(self, name):
-        return f"python {STAGES[name].command} --demo" if self.args.demo else self.parts.command(name)
+        flags = f" --out_dir {self.args.out_dir}" if self.args.out_dir != in_repository("out") else ""
+        if self.args.demo:
+            return f"python {STAGES[name].command} --demo{flags}"
+        flags += " --use_moe" if self.args.use_moe and not self.parts.llm_repository else ""
+        return self.parts.command(name) + flags
 
     def report(self, mark, what, place, says):
         self.marks[what] = report(mark, what, place, says)
@@ -248,17 +253,19 @@ class Doctor:
     def check_weights(self, name):
         path = self.weights[name]
         state, metadata, told = read_model(path)
-        config = build_config(metadata, self.tokenizer, self.encoder, self.sizes, told)
+        encoder = self.encoder
+        if encoder and metadata["config"].get("drop_class_token"):
+            encoder = load_vision(self.parts.vision_path, drop_class_token=True)
+        config = build_config(metadata, self.tokenizer, encoder, self.sizes, told)
         is_llm = name == "llm"
-        _, summary = load_vlm(
-            path, config, self.tokenizer, self.encoder, state, metadata, allow_missing_projector=is_llm
-        )
+        _, summary = load_vlm(path, config, self.tokenizer, encoder, state, metadata, allow_missing_projector=is_llm)
         return summary.rpartition(", ")[2]
 
     def check_models(self):
         parts = self.parts
         vision, tokenizer, llm = Path(parts.vision_path), Path(parts.tokenizer_path), Path(parts.llm)
-        get = f"get it with: hf download {parts.vision_repository} --local-dir {vision}"
+        other_formats = ' --exclude "*.h5" --exclude "*.msgpack"' if "openai" in parts.vision_repository else ""
+        get = f"get it with: hf download {parts.vision_repository} --local-dir {vision}{other_formats}"
         self.check_file("encoder", find_weights(vision), get, self.check_encoder)
         get = f"get it with: hf download {parts.llm_repository} --local-dir {llm}"
         if not parts.llm_repository:
@@ -294,8 +301,8 @@ class Doctor:
         self.check_file(f"{name} records", file, get, partial(self.check_records, file, folder, names))
         if names or file.suffix != ".parquet":
             self.check_pictures(f"{name} pictures", folder, names, get)
-        else:  # they are in the file that is missing
-            self.marks[f"{name} pictures"] = "missing"
+        else:  # they are in the file of the records
+            self.marks[f"{name} pictures"] = "ok"
 
     def check_records(self, file, folder, names):
         self.source = Source(file, folder, self.args.out_dir)
@@ -361,6 +368,8 @@ class Doctor:
 
 def parts_to_check(args):
     """The Parts that the flags ask for; without any, those of today, and those of 2024 if one of its own files is here."""
+    if args.demo and args.parts:
+        raise BadInput("--demo has its own parts: leave out --parts")
     if args.demo:
         data_paths = {name: stage.demo["data_path"] for name, stage in STAGES.items()}
         demo = args.dim, DEMO_LLM, None, args.tokenizer_path, args.vision_path, ""
@@ -369,7 +378,7 @@ def parts_to_check(args):
     if args.parts:
         return [published[args.parts]]
     v1 = published["v1"]
-    files = [v1.llm, v1.tokenizer_path, *v1.data_paths.values()]
+    files = [v1.llm, Path(v1.tokenizer_path) / "tokenizer.json", *v1.data_paths.values()]
     if not any(Path(file).exists() for file in files):
         del published["v1"]
     return list(published.values())

@@ -146,7 +146,9 @@ def export_language_model(weights, folder, tokenizer_path):
 
 
 def copy_tokenizer(tokenizer_path, folder):
-    """Copies the files of a tokenizer; its chat template as a file of its own, whether it has it elsewhere or none."""
+    """Copies the files of a tokenizer, if there is one; its chat template as a file, whether it has it elsewhere or none."""
+    if not (Path(tokenizer_path) / "tokenizer.json").exists():
+        return
     template = load_tokenizer(tokenizer_path).chat_template or PUBLISHED_TEMPLATE
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     for name in TOKENIZER_FILES:

@@ -228,17 +228,23 @@ def fields_of_generation(state):
 
 def placeholder_fields(content):
     """The LMConfig fields of the placeholder that a published MiniMind-V's config.json names; {} if it names none."""
-    text = content.get("image_special_token", "")
+    text = content.get("image_special_token") or ""
     if text.startswith("@"):
         return {**MINIMIND2_V, "image_tokens": len(text)}
     if text.startswith("<|image_pad|>"):
-        return {**MINIMIND_3V, "image_tokens": content.get("image_token_len", MINIMIND_3V["image_tokens"])}
+        return {**MINIMIND_3V, "image_tokens": content.get("image_token_len") or MINIMIND_3V["image_tokens"]}
     return {}
 
 
 def placeholder_of_generation(state):
-    """The same for a .pth file that comes without a config: by its projector and its layout."""
+    """The same for tensors that come without a config: by their projector and their layout.
+
+    A linear projector that was trained here has no bias, and the published ones have one.
+    """
     sizes, generation = sizes_of(state), fields_of_generation(state)
     if sizes.get("projector") == "mlp":
         return MINIMIND_3V
-    return MINIMIND2_V if "projector" in sizes and generation.get("n_kv_heads") == 2 else {}
+    if "vision_proj.vision_proj.0.bias" in state and generation.get("n_kv_heads") == 2:
+        return MINIMIND2_V
+    is_v1 = "vision_proj.vision_proj.0.bias" in state and generation.get("n_heads") == 16
+    return {"image_tokens": 50} if is_v1 and sizes["vision_width"] == 768 else {}

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import torch
+from PIL import Image
 from transformers import AutoConfig, AutoModel, CLIPVisionModel, SiglipVisionModel
 from transformers.utils import logging as hf_logging
 
@@ -43,7 +44,12 @@ class VisionEncoder:
         # P counts every patch, and a CLIP's class token
         config = model.config
         has_class_token = config.model_type == "clip_vision_model"
-        self.first = int(has_class_token and drop_class_token)  # the first vector that is kept
+        if drop_class_token and not has_class_token:
+            raise BadInput(
+                "a SigLIP has no class token: name the CLIP that the weights were trained with, with --vision_path, or "
+                "leave out --drop_class_token"
+            )
+        self.first = int(drop_class_token)  # the first vector that is kept
         self.image_tokens = (config.image_size // config.patch_size) ** 2 + has_class_token - self.first
         self.vision_width = config.hidden_size
 
@@ -103,7 +109,7 @@ def load_vision(folder, device="cpu", dtype=torch.float32, drop_class_token=Fals
     # a MiniMind-V folder that contains its encoder
     if has_vision(folder):
         model = bundled_vision(folder)
-        preprocess = read_preprocess(folder / "processor_config.json", model.config)
+        preprocess = read_preprocess(folder, model.config)
         return VisionEncoder(model, device, dtype, preprocess, drop_class_token)
 
     # any other folder must be an encoder's
@@ -118,8 +124,6 @@ def load_vision(folder, device="cpu", dtype=torch.float32, drop_class_token=Fals
             f"{folder} is neither a CLIP nor a SigLIP of fixed size (model_type {kind}): name the folder of one with "
             "--vision_path"
         )
-    if drop_class_token and ENCODERS[kind] is not CLIPVisionModel:
-        raise BadInput(f"{folder} is a SigLIP, which has no class token: leave out --drop_class_token")
 
     # transformers fills gaps with random numbers; ask it to report them, and refuse them below
     try:
@@ -147,30 +151,56 @@ def load_vision(folder, device="cpu", dtype=torch.float32, drop_class_token=Fals
     if hasattr(model, "head"):  # SigLIP's pooling, which is not used here
         del model.head
         model.use_head = model.config.vision_use_head = False
-    preprocess = read_preprocess(folder / "preprocessor_config.json", model.config)
+    preprocess = read_preprocess(folder, model.config)
     return VisionEncoder(model, device, dtype, preprocess, drop_class_token)
 
 
-def read_preprocess(file, config):
-    """The `Preprocess` in a preprocessor_config.json for the encoder of this config; None if there is no such file.
+def read_preprocess(folder, config):
+    """The `Preprocess` that a folder names for its encoder, whose config is given; None if it names none.
 
-    Only mean, std and filter are read: pictures are squeezed to a square, never cropped, as in the published code. BadInput
-    if the file is another encoder's.
+    It is in preprocessor_config.json, or within processor_config.json; what is null there, or missing, is as for the kind of
+    encoder. Only mean, std and filter are read: pictures are squeezed to a square, never cropped, as in the published code.
+    BadInput names what can't be done.
     """
+    file = folder / "preprocessor_config.json"
     content = read_json_object(file)
     if not content:
+        file = folder / "processor_config.json"
+        content = read_json_object(file)
+        content = content.get("image_processor") or content
+    if not content:
         return None
+    content = {name: value for name, value in content.items() if value is not None}
+
+    def refuse(name, expected):
+        raise BadInput(
+            f"{file} has {name} {content[name]!r:.60}, expected {expected}: download the encoder's files again"
+        )
+
     size = content.get("size", content.get("image_size", config.image_size))  # the latter in a MiniMind-V folder
-    sides = set(size.values()) if isinstance(size, dict) else {size}
+    sides = {*size.values()} if isinstance(size, dict) else {*size} if isinstance(size, list) else {size}
     if sides != {config.image_size}:
-        raise BadInput(f"{file} resizes to {size}, and config.json says {config.image_size}: download both files again")
+        refuse("size" if "size" in content else "image_size", f"{config.image_size}, as config.json says")
+    if not content.get("do_rescale", True):
+        refuse("do_rescale", "true")
+    if abs(content.get("rescale_factor", 1 / 255) - 1 / 255) > 1e-6:
+        refuse("rescale_factor", "1/255")
+
     default = Preprocess() if config.model_type == "clip_vision_model" else SIGLIP_PREPROCESS
-    return Preprocess(
-        config.image_size,
-        content.get("resample", default.resample),
-        tuple(content.get("image_mean", default.mean)),
-        tuple(content.get("image_std", default.std)),
-    )
+    resample = content.get("resample", default.resample)
+    if resample not in set(Image.Resampling):
+        refuse("resample", "the number of one of Pillow's filters, 0 to 5")
+    if not content.get("do_normalize", True):
+        return Preprocess(config.image_size, resample, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    for name in ("image_mean", "image_std"):
+        values = content.get(name, default.mean)
+        is_good = isinstance(values, (list, tuple)) and len(values) == 3
+        if not is_good or not all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in values):
+            refuse(name, "three numbers, on a scale from 0 to 1")
+    std = content.get("image_std", default.std)
+    if not all(std):
+        refuse("image_std", "three numbers, on a scale from 0 to 1")
+    return Preprocess(config.image_size, resample, tuple(content.get("image_mean", default.mean)), tuple(std))
 
 
 def has_vision(folder):

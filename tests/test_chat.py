@@ -13,6 +13,7 @@ from dataset.records import make_record
 from model.chat import Chat
 from model.checkpoint import load_tokenizer
 from model.conversation import as_conversation, encode, pad_left
+from model.cpu_speed import RowLinear, matvec, sliced_bmm
 from model.decoder import Decoder, GraphDecoder
 from model.errors import BadInput
 from model.generate import until_stop
@@ -327,3 +328,15 @@ def test_a_long_question_leaves_the_other_answers_of_its_batch_as_they_are(chat,
     assert chat.answer_all(prompts, features) == alone
     written = [len(chat.tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in alone]
     assert written[2] <= 128 - len(prompts[2]) < min(written[:2])
+
+
+@pytest.mark.parametrize("kernel", [matvec, sliced_bmm])
+def test_each_kernel_for_a_row_is_a_linear_layer(kernel):
+    """Of any number of dimensions: an expert gets its tokens as (1, D), attention as (1, 1, D)."""
+    layer = torch.nn.Linear(24, 16, bias=False)
+    for shape in ((24,), (1, 24), (1, 1, 24), (2, 24)):
+        x = torch.randn(shape)
+        expected = layer(x)
+        layer.__class__, layer.kernel = RowLinear, kernel
+        torch.testing.assert_close(layer(x), expected)
+        layer.__class__ = torch.nn.Linear

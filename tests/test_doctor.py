@@ -215,7 +215,7 @@ def test_the_two_ways_of_today(today, tmp_path):
         ("jingyaogong/minimind-3", "minimind-3"),
         ("jingyaogong/minimind-v_dataset sft_i2t.parquet --repo-type dataset", "dataset"),
     ):
-        assert f"get it with: hf download {repository} --local-dir {place}\n" in out
+        assert f"get it with: hf download {repository} --local-dir {place}" in out
 
     code, found, verdicts = doctor(today, "--parts", "minimind2", "--device", "cpu")
     assert code == 0, found
@@ -233,7 +233,7 @@ def test_the_two_ways_of_today(today, tmp_path):
     code, found, verdicts = doctor(today, "--parts", "minimind2", "--device", "cpu")
     assert code == 1 and marks(found, "missing")[:1] == ["MiniMind2-Small"]
     assert found["pretrain records"][0] == "missing" and found["sft records"][0] == "ok"
-    assert "(MiniMind2-Small missing, pretrain records missing, pretrain pictures missing)" in verdicts[0]
+    assert "(MiniMind2-Small missing, pretrain records missing)" in verdicts[0]
 
 
 def test_a_place_that_can_t_be_written_to(tmp_path):

@@ -26,7 +26,7 @@ from transformers import (
 from model.checkpoint import encoder_hash, in_our_layout, load_parts, read_metadata, read_weights
 from model.conversation import encode_conversations
 from model.errors import BadInput
-from model.images import normalise, read_pixels, to_pixels
+from model.images import Preprocess, normalise, read_pixels, to_pixels
 from model.layouts import fields_of_generation, placeholder_of_generation, sizes_of
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
@@ -80,7 +80,7 @@ def test_pictures_are_prepared_as_the_folder_says(resample, tmp_path):
 
 def test_what_is_no_encoder_of_fixed_size_is_refused(tmp_path):
     folder = save_siglip(tmp_path)
-    with pytest.raises(BadInput, match="is a SigLIP, which has no class token: leave out --drop_class_token"):
+    with pytest.raises(BadInput, match="a SigLIP has no class token: name the CLIP that .* or leave out --drop_class"):
         load_vision(folder, drop_class_token=True)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "siglip2_vision_model"}))
@@ -89,9 +89,43 @@ def test_what_is_no_encoder_of_fixed_size_is_refused(tmp_path):
     ):
         load_vision(folder)
     (folder / "config.json").write_text(json.dumps(config))
-    SiglipImageProcessorPil(size={"height": 384, "width": 384}).save_pretrained(folder)
-    with pytest.raises(BadInput, match="preprocessor_config.json resizes to .*384.*, and config.json says 64"):
-        load_vision(folder)
+
+
+HALVES, TENTHS = (0.5, 0.5, 0.5), (0.1, 0.1, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({}, Preprocess(64, 3, HALVES, HALVES)),
+        ({"size": 64, "resample": 2}, Preprocess(64, 2, HALVES, HALVES)),
+        ({"size": {"shortest_edge": 64}, "image_mean": TENTHS}, Preprocess(64, 3, TENTHS, HALVES)),
+        ({"size": [64, 64], "image_std": None, "resample": None}, Preprocess(64, 3, HALVES, HALVES)),
+        ({"do_normalize": False, "image_std": TENTHS}, Preprocess(64, 3, (0, 0, 0), (1, 1, 1))),
+        ({"size": {"height": 384, "width": 384}}, "has size .*384.*, expected 64, as config.json says"),
+        ({"size": "64"}, "has size '64', expected 64"),
+        ({"resample": "bicubic"}, "has resample 'bicubic', expected the number of one of Pillow's filters"),
+        ({"image_mean": 0.5}, "has image_mean 0.5, expected three numbers"),
+        ({"image_std": [0.5]}, "has image_std .0.5., expected three numbers"),
+        ({"image_mean": [123.7, 116.3, 103.5]}, "has image_mean .*123.7.*, on a scale from 0 to 1"),
+        ({"image_std": [0, 0, 0]}, "has image_std"),
+        ({"rescale_factor": 1 / 127.5}, "has rescale_factor 0.0078.*, expected 1/255"),
+        ({"do_rescale": False}, "has do_rescale False, expected true"),
+    ],
+)
+def test_what_folders_say_of_the_preparation_of_pictures(content, expected, tmp_path):
+    folder = save_siglip(tmp_path)
+    (folder / "preprocessor_config.json").write_text(json.dumps(content))
+    if isinstance(expected, Preprocess):
+        assert load_vision(folder).preprocess == expected
+
+        # within the other file, as transformers 5 writes it
+        (folder / "preprocessor_config.json").unlink()
+        (folder / "processor_config.json").write_text(json.dumps({"image_processor": content}))
+        assert load_vision(folder).preprocess == expected
+    else:
+        with pytest.raises(BadInput, match=expected):
+            load_vision(folder)
 
 
 def test_a_dropped_class_token_leaves_the_patches(tiny_clip):
@@ -173,13 +207,20 @@ GENERATIONS = {  # name -> (tokenizer's, flags of stage 1, heads that the weight
 }
 
 
-def answer(flags, picture):
+def answer(flags, picture, siglip):
     """The chat in the terminal answers its questions; the page's API says this about a picture."""
     code, out, err = run_python("3-eval_chat.py", *flags, "--all", "--max_new_tokens", 4)
     assert code == 0 and out.count("答:") > 3, err
     client = create_app(*map(str, [*flags, "--temperature", 0])).test_client()
-    reply = ask(client, messages=question("颜色？", data_url(picture)), max_tokens=8).get_json()
-    return reply["choices"][0]["message"]["content"]
+    messages = question("颜色？", data_url(picture))
+    reply = ask(client, messages=messages, max_tokens=8, return_token_ids=True).get_json()
+    message = reply["choices"][0]["message"]
+
+    # the heat map has every patch, and nothing else
+    looked = client.post("/attention", json={"messages": messages, "token_ids": message["token_ids"]}).get_json()
+    grid = 4 if siglip else 2
+    assert looked["grid"] == grid and {len(one[0]) for layer in looked["shares"] for one in layer} == {grid**2}
+    return message["content"]
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
@@ -206,11 +247,15 @@ def test_a_generation_from_its_language_model_to_an_exported_folder(generation, 
     code, _, err = run_python("2-sft_vlm.py", *training, *place.data("sft.json"), "--from_weights", written)
     assert code == 0, err
     trained = place.out / f"64{experts}_vlm_sft.pth"
-    said = answer(["--weights", trained, *where], pictures[0])
+    if projector:
+        flags = [*training, *place.data("pretrain.json"), "--from_weights", source, "--projector", "linear"]
+        code, _, err = run_python("1-pretrain_vlm.py", *flags, "--resume")
+        assert code == 1 and "--projector is linear, was mlp" in err, err
+    said = answer(["--weights", trained, *where], pictures[0], siglip)
 
     code, _, err = run_python("-m", "model.export", trained, tmp_path / "folder", *where[:4], "--with_vision")
     assert code == 0, err
-    assert answer(["--weights", tmp_path / "folder", "--device", "cpu"], pictures[0]) == said
+    assert answer(["--weights", tmp_path / "folder", "--device", "cpu"], pictures[0], siglip) == said
 
 
 # --- published VLMs -------------------------------------------------------------------------------------------------
@@ -264,7 +309,10 @@ def test_a_published_vlm_answers_from_its_folder(name, pictures, tmp_path):
         assert (first - last)[:, -1].abs().max() > 0.01
         written = parts.model.generate(ids, image_features=features[:1], max_new_tokens=8, do_sample=False)
     expected = parts.tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
-    assert answer(["--weights", folder, "--vision_path", encoder, "--device", "cpu"], pictures[0]) == expected
+    assert (
+        answer(["--weights", folder, "--vision_path", encoder, "--device", "cpu"], pictures[0], "3v" in name)
+        == expected
+    )
 
     # with another encoder, one sentence says so
     other = save_clip(tmp_path / "other") if "3v" in name else save_siglip(tmp_path / "other")
@@ -285,3 +333,9 @@ def test_a_published_pth_is_known_by_its_tensors(tmp_path):
     }
     with pytest.raises(BadInput, match="has image_tokens 196, expected 4: it was trained with another"):
         load_parts(tmp_path / "sft_vlm_64.pth", save_clip(tmp_path / "small"), tmp_path / "tokenizer")
+
+    # a file that was trained here has no bias: all of CLIP's vectors, between < and >
+    del state["vision_proj.vision_proj.0.bias"]
+    torch.save(state, tmp_path / "own.pth")
+    parts = load_parts(tmp_path / "own.pth", tmp_path / "clip", tmp_path / "tokenizer")
+    assert parts.encoder.image_tokens == 197 and parts.model.config.image_chars == ["<", ">"]

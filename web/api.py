@@ -223,10 +223,11 @@ class ChatAPI:
         finally:
             self.queue.leave(ticket)
 
-        # the first vector is CLIP's class token, which belongs to no patch
-        shares = shares[..., 1:].float()
+        # CLIP's first vector is its class token, which belongs to no patch
+        grid = int(shares.shape[-1] ** 0.5)
+        shares = shares[..., -grid * grid :].float()
         return {
-            "grid": round(shares.shape[-1] ** 0.5),
+            "grid": grid,
             "shares": torch.round(shares, decimals=5).tolist(),
             "frames": [[jpeg_url(pixels) for pixels in frames] if len(frames) > 1 else [None] for frames in media],
         }

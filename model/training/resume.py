@@ -15,7 +15,8 @@ from model.files import read_tensors, write_atomically
 FORMAT = 3  # raise it with every change of what a state holds
 
 # flags that decide what a step computes; batch size, accumulation and processes may change if their product stays the same
-FIXED_SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "use_moe")
+FIXED_SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "use_moe", "projector")
+FIXED_SIZES += ("drop_class_token",)
 FIXED_FLAGS = ("epochs", "learning_rate", "grad_clip", "warmup_iters", "seed", "freeze_llm", "val_fraction")
 FIXED_FLAGS += ("batch_tokens",)
 
@@ -67,6 +68,7 @@ def resume_invariants(run):
         "checksum of the data": run.data_checksum,
         "tokenizer": tokenizer_hash(run.tokenizer),
         "CLIP": encoder_hash(run.encoder),
+        "preparation of pictures": str(tuple(run.encoder.preprocess)),
     }
 
 

@@ -66,7 +66,7 @@ def prepare(args, weights, allow_missing_projector, resume_state, processes):
         seed=args.seed,
     )
     if processes.is_main:
-        print(describe(args, parts), flush=True)
+        print(describe(args, parts, resume_state), flush=True)
 
     # token ids and answer flags of all records; pictures are read later, batch by batch. One process of each machine
     # reads the files, and the others what it has kept in out_dir
@@ -94,14 +94,14 @@ def prepare(args, weights, allow_missing_projector, resume_state, processes):
     return parts._replace(model=parts.model.to(args.device)), *datasets
 
 
-def describe(args, parts):
+def describe(args, parts, resume_state):
     """What is trained, on what, in lines for people."""
     config, encoder = parts.model.config, parts.encoder
     name = KNOWN_TOKENIZERS.get(tokenizer_hash(parts.tokenizer))
     lines = [
-        parts.summary or "random weights",
+        parts.summary or (f"weights of step {resume_state['step']}" if resume_state else "random weights"),
         f"device: {args.device}, {str(pick_dtype(args.dtype, args.device)).removeprefix('torch.')}",
-        f"model: {config.dim}+{config.n_layers}, {parts.model.num_parameters():,} parameters"
+        f"model: {config.dim}+{config.n_layers}, {config.projector} projector, {parts.model.num_parameters():,} parameters"
         + (", of which the projector is trained" if args.freeze_llm else ""),
         f"encoder: {args.vision_path}, frozen; {encoder.image_tokens} tokens for a picture of {encoder.preprocess.size} pixels",
         f"tokenizer: {args.tokenizer_path}, {len(parts.tokenizer):,} tokens" + (f", {name}'s" if name else ""),
