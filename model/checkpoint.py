@@ -25,6 +25,7 @@ from .layouts import (
     placeholder_of_generation,
     sizes_of,
 )
+from .llava import holds_llava, unpack_llava
 from .LMConfig import LMConfig
 from .model_vlm import MiniMindVLM
 from .vision_utils import VISION, VisionEncoder, load_vision
@@ -121,7 +122,7 @@ def read_weights(path):
         raise BadInput(f"{path} is not a file of weights: expected named tensors, but {odd[0]!r:.100} is no tensor")
 
     # only the model's own tensors
-    state = without_wrappings(state)
+    state = unpack_llava(state, path) if holds_llava(state) else without_wrappings(state)
     state = {name: state[name] for name in state if not name.endswith(EXTRAS) and not name.startswith(VISION)}
     if not {our_name(name) for name in state} & {*TIED}:
         raise BadInput(f"{path} is not a MiniMind: it has no {TIED[0]}, but {next(iter(state), 'nothing')}")
@@ -153,6 +154,8 @@ def read_metadata(path):
     content = read_json_object(path / "config.json" if path.is_dir() else path.with_suffix(".json"))
     if not path.is_dir() or not content:
         return content
+    if "minimind" in content:  # a LLaVA that was exported here
+        return content["minimind"]
     if "dim" in content:
         known = inspect.signature(LMConfig.__init__).parameters.keys() - {"self", "kwargs"}
         config = {name: content[name] for name in content if name in known}

@@ -1,10 +1,12 @@
 """A .pth file to a folder that transformers loads without this repository, and back.
 
-python -m model.export out/512_vlm_sft.pth minimind-v-v1-small                  # weights, config, tokenizer, processor, code, card
-python -m model.export out/512_vlm_sft.pth minimind-v-v1-small --with_vision    # and the vision half of CLIP
-python -m model.export --reverse minimind-v-v1-small out/512_vlm_sft.pth        # the same tensors, bit for bit
-python -m model.export out/512_vlm_sft.pth a-llama --language_model             # without vision, as a Llama or Qwen3
-python -m model.export out/192_vlm_sft.pth demo-folder --with_vision --demo     # with the demo's tokenizer and CLIP
+python -m model.export out/512_vlm_sft.pth my-minimind-v                  # a LLaVA with its CLIP, for transformers, vLLM, ...
+python -m model.export --reverse my-minimind-v out/512_vlm_sft.pth        # the same tensors, bit for bit
+python -m model.export out/192_vlm_sft.pth demo-folder --demo             # with the demo's tokenizer and CLIP
+python -m model.export out/512_vlm_sft.pth a-llama --language_model       # without vision, as a Llama or Qwen3
+
+What a LLaVA can't express (experts, an mlp as projector, a SigLIP) becomes a folder with code, which transformers runs
+with trust_remote_code=True; so does any model with `--format code`, and then CLIP is copied only with `--with_vision`.
 """
 
 import argparse
@@ -32,8 +34,9 @@ from .checkpoint import (
 )
 from .conversation import PUBLISHED_TEMPLATE
 from .errors import BadInput, run_script
-from .files import write_atomically, write_json
+from .files import read_json_object, write_atomically, write_json
 from .layouts import sizes_of, to_llama, transformers_config
+from .llava import chat_template, llava_config, not_a_llava, pack_llava
 from .model_vlm import MiniMindVLM
 from .stages import DEMO_MODEL
 from .vision_utils import VISION
@@ -65,13 +68,13 @@ pipeline_tag: image-text-to-text
 # {name}
 
 A tiny vision-language model, made with MiniMind-V: {parameters:,} parameters of language model and projector, which read
-{image_tokens} vectors a picture from a frozen CLIP ({clip}).
+{image_tokens} vectors a picture from a frozen encoder ({encoder}).
 
 ```python
 {example}
 ```
 
-`trust_remote_code=True` runs the code in this folder, and nothing else. Use float32 or bfloat16.
+{note}
 
 ## Sizes
 
@@ -85,6 +88,20 @@ A tiny vision-language model, made with MiniMind-V: {parameters:,} parameters of
 """
 # the commonest word of a language, with the space before it: one token where the tokenizer was made for that language
 COMMONEST_WORDS = {"zh": "的", "en": " the"}
+LLAVA_EXAMPLE = """\
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+folder = "{name}"
+model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+parts = [{{"type": "image", "image": Image.open("picture.png")}}, {{"type": "text", "text": "描述这张图片。"}}]
+chat, options = [{{"role": "user", "content": parts}}], {{"tokenize": True, "return_dict": True, "return_tensors": "pt"}}
+inputs = processor.apply_chat_template(chat, add_generation_prompt=True, **options)
+answer = model.generate(**inputs, max_new_tokens=64, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(answer, skip_special_tokens=True))"""
+LLAVA_NOTE = """\
+It is a LLaVA: no code of its own is run, and vLLM serves it (`vllm serve FOLDER --max-model-len {max_seq_len}`)."""
+CODE_NOTE = "`trust_remote_code=True` runs the code in this folder, and nothing else. Use float32 or bfloat16."
 EXAMPLE = """\
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor
@@ -97,14 +114,88 @@ answer = model.generate(**inputs, max_new_tokens=64, do_sample=False)[0, inputs[
 print(processor.decode(answer, skip_special_tokens=True))"""
 
 
-def export(weights, folder, tokenizer_path, vision_path, with_vision):
-    """Writes the folder. The CLIP in vision_path is read for its sizes, and copied if `with_vision`."""
+def export(weights, folder, tokenizer_path, vision_path, format=None, with_vision=False):
+    """Writes the folder, as "llava" or with "code"; by default as a LLaVA if it can express the model.
+
+    The encoder in vision_path is copied into a LLaVA, and into a folder with code if `with_vision`. BadInput says what a
+    LLaVA can't express.
+    """
     parts = load_parts(weights, vision_path, tokenizer_path)  # refuses what doesn't fit
-    config, encoder = parts.model.config, parts.encoder
+    config = parts.model.config
+    reason = not_a_llava(config, parts.encoder)
+    if format == "llava" and reason:
+        raise BadInput(f"{weights} has {reason}, which a LLaVA can't express: export it with --format code")
     state = in_our_layout(read_weights(weights), config)  # in the precision of the file
     metadata = {**parts.metadata, **provenance(config, parts.tokenizer)}
-    del metadata["config"]
     folder.mkdir(parents=True, exist_ok=True)
+    if format == "code" or reason:
+        export_code(folder, parts, state, metadata, tokenizer_path, with_vision)
+    else:
+        export_llava(folder, parts, state, metadata, tokenizer_path)
+
+
+def export_llava(folder, parts, state, metadata, tokenizer_path):
+    """Writes a folder of transformers' `LlavaForConditionalGeneration`, with all that it needs to answer."""
+    config, encoder, tokenizer = parts.model.config, parts.encoder, parts.tokenizer
+    vision, preprocess = encoder.model.config, encoder.preprocess
+    # the token of pictures, which no text may contain and no answer should
+    image_token = tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+    theirs = llava_config(config, encoder, image_token_id, minimind=metadata)
+    theirs.dtype = state[TIED[0]].dtype
+    write_safetensors(folder, pack_llava(state, config, encoder.model.state_dict()))
+    write_json(folder / "config.json", json.loads(theirs.to_json_string()))
+    ids = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.eos_token_id,
+    }
+    write_json(folder / "generation_config.json", {**ids, "suppress_tokens": [image_token_id]})
+
+    # how pictures become pixels, and how many tokens they take
+    square = {"height": preprocess.size, "width": preprocess.size}
+    write_json(
+        folder / "preprocessor_config.json",
+        {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": square,
+            "resample": int(preprocess.resample),
+            "do_center_crop": False,
+            "crop_size": square,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": preprocess.mean,
+            "image_std": preprocess.std,
+        },
+    )
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": image_token,
+        "patch_size": vision.patch_size,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": theirs.vision_feature_select_strategy,
+    }
+    write_json(folder / "processor_config.json", processor)
+
+    # the tokenizer; what pads a batch must not be the token of pictures
+    copy_tokenizer(tokenizer_path, folder)
+    settings = read_json_object(folder / "tokenizer_config.json") | {"pad_token": tokenizer.eos_token}
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "LlavaProcessor"}
+    settings.pop("chat_template", None)
+    write_json(folder / "tokenizer_config.json", settings)
+    template = chat_template(tokenizer.chat_template or PUBLISHED_TEMPLATE, image_token)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    note = LLAVA_NOTE.format(max_seq_len=config.max_seq_len)
+    write_card(folder, parts, state, metadata, "included in this folder", LLAVA_EXAMPLE, note)
+
+
+def export_code(folder, parts, state, metadata, tokenizer_path, with_vision):
+    """Writes a folder with the code of this repository, which transformers runs."""
+    config, encoder = parts.model.config, parts.encoder
+    metadata = {name: value for name, value in metadata.items() if name != "config"}
     write_tensors(folder, state, config, encoder if with_vision else None)
     write_config(folder, config, metadata, encoder if with_vision else None, state[TIED[0]].dtype)
     write_json(
@@ -125,9 +216,8 @@ def export(weights, folder, tokenizer_path, vision_path, with_vision):
     for name in CODE:
         shutil.copyfile(Path(__file__).parent / f"{name}.py", folder / f"{name}.py")
     copy_tokenizer(tokenizer_path, folder)
-    clip = "included in this folder" if with_vision else "not in this folder: set `model.vision_encoder`"
-    languages = [name for name, word in COMMONEST_WORDS.items() if len(parts.tokenizer.tokenize(word)) == 1]
-    (folder / "README.md").write_text(card(folder.name, state, config, metadata, clip, languages), encoding="utf-8")
+    where = "included in this folder" if with_vision else "not in this folder: set `model.vision_encoder`"
+    write_card(folder, parts, state, metadata, where, EXAMPLE, CODE_NOTE)
 
 
 def export_language_model(weights, folder, tokenizer_path):
@@ -187,23 +277,27 @@ def write_config(folder, config, metadata, encoder, dtype):
     write_json(folder / "config.json", content)
 
 
-def card(name, state, config, metadata, clip, languages):
-    """The folder's README.md."""
+def write_card(folder, parts, state, metadata, encoder, example, note):
+    """The folder's README.md. encoder: where it is; example: code that asks the model."""
+    config = parts.model.config
+    languages = [name for name, word in COMMONEST_WORDS.items() if len(parts.tokenizer.tokenize(word)) == 1]
     shown = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len", "use_moe", "vision_width")
     stages = [
         f"{number}. " + ", ".join(f"{field} {value}" for field, value in stage.items())
         for number, stage in enumerate(metadata.get("training", []), 1)
     ]
-    return CARD.format(
-        name=name,
+    card = CARD.format(
+        name=folder.name,
         languages=", ".join(languages),
         parameters=count_parameters(state, config),
         image_tokens=config.image_tokens,
-        clip=clip,
-        example=EXAMPLE.format(name=name),
+        encoder=encoder,
+        example=example.format(name=folder.name),
+        note=note,
         sizes="\n".join(f"| {field} | {getattr(config, field)} |" for field in shown),
         training="\n".join(stages) or "The weights came without a record of how they were trained.",
     )
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def reverse(folder, weights):
@@ -229,7 +323,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="a .pth file; with --reverse, a folder")
     parser.add_argument("target", type=Path, help="the folder to write; with --reverse, the .pth file")
-    parser.add_argument("--with_vision", action="store_true", help="put the vision half of CLIP into the folder")
+    parser.add_argument(
+        "--format",
+        choices=["llava", "code"],
+        help="the folder's form (default: llava for what it can express, otherwise code)",
+    )
+    parser.add_argument("--with_vision", action="store_true", help="put the encoder into a folder with code, too")
     parser.add_argument(
         "--language_model", action="store_true", help="only the language model, as a Llama or Qwen3 of transformers"
     )
@@ -244,7 +343,8 @@ def main():
         elif args.language_model:
             export_language_model(args.source, args.target, args.tokenizer_path)
         else:
-            export(args.source, args.target, args.tokenizer_path, args.vision_path, args.with_vision)
+            paths = args.tokenizer_path, args.vision_path
+            export(args.source, args.target, *paths, args.format, args.with_vision)
     except OSError as error:
         raise BadInput(f"{error.filename or args.target} could not be written ({error.strerror})") from None
     print(f"wrote {args.target}")

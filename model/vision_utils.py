@@ -15,6 +15,7 @@ from transformers.utils import logging as hf_logging
 from .errors import BadInput
 from .files import files_of_weights, find_weights, read_json_object, read_tensors, refuse_lfs_pointer
 from .images import Preprocess, normalise
+from .llava import TOWER
 from .LMConfig import LMConfig
 
 # `model_type` in config.json -> the class of its vision half; a SigLIP2 of fixed size is a `siglip`, too
@@ -206,7 +207,7 @@ def read_preprocess(folder, config):
 def has_vision(folder):
     """Whether a folder is a MiniMind-V in transformers format that contains its encoder."""
     content = read_json_object(Path(folder) / "config.json")
-    return content.get("model_type") == LMConfig.model_type and "vision_config" in content
+    return "vision_config" in content and ("minimind" in content or content.get("model_type") == LMConfig.model_type)
 
 
 def bundled_vision(folder):
@@ -214,7 +215,8 @@ def bundled_vision(folder):
     config = read_json_object(folder / "config.json")["vision_config"]
     model = AutoModel.from_config(AutoConfig.for_model(**config))
     state = read_tensors(find_weights(folder))
-    state = {name.removeprefix(VISION): tensor for name, tensor in state.items() if name.startswith(VISION)}
+    prefix = TOWER if any(name.startswith(TOWER) for name in state) else VISION
+    state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

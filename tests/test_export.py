@@ -7,17 +7,20 @@ import shutil
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 from helpers import ROOT, data_url, formula_file, part, question, run, run_python
 from PIL import Image
-from transformers import AutoProcessor, pipeline
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, pipeline
 
 from model.chat import Chat
 from model.conversation import PUBLISHED_TEMPLATE, as_conversation, encode_conversations
-from model.export import EXAMPLE
+from model.export import LLAVA_EXAMPLE
 from model.hf import MiniMindVForConditionalGeneration, MiniMindVProcessor
 from model.images import read_pixels
 from web_server import create_app
+
+CODE = ["--format", "code", "--with_vision"]
 
 
 @pytest.fixture
@@ -37,10 +40,10 @@ def export(weights, tiny_clip, tmp_path):
 def test_the_readme_s_ten_lines_answer_without_the_repository(export, chat, pictures, tmp_path):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = next(code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "AutoProcessor" in code)
-    folder = export("--with_vision")
+    folder = export()
     lines = lines.replace("my-minimind-v", folder.name)
     lines = lines.replace("dataset/eval_images/左上角大红色星形.png", "picture.png")
-    assert len(lines.splitlines()) <= 10 and lines.strip() == EXAMPLE.format(name=folder.name)
+    assert len(lines.splitlines()) <= 10 and lines.strip() == LLAVA_EXAMPLE.format(name=folder.name)
     assert lines in (folder / "README.md").read_text(encoding="utf-8")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -54,8 +57,58 @@ def test_the_readme_s_ten_lines_answer_without_the_repository(export, chat, pict
     assert "warning" not in err.lower() and "were not" not in err, err
 
 
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 1e-3), ("bfloat16", 0.2), ("float16", 0.03)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_llava_computes_the_same_in_each_precision(
+    export, tiny_clip, tokenizer, pictures, tmp_path, dtype, most, bias
+):
+    """From a file in that precision, back to the same bits; with transformers' own classes, several questions at once."""
+    source = formula_file(tmp_path / "a.pth", bias=bias, dim=64, n_layers=2, vocab_size=len(tokenizer), vision_width=48)
+    state = {name: tensor.to(getattr(torch, dtype)) for name, tensor in torch.load(source).items()}
+    torch.save(state, source)
+    folder = export(source=source)
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    assert type(model) is LlavaForConditionalGeneration and model.dtype == getattr(torch, dtype)
+
+    # two questions of unequal length and with one and two pictures: logits of what comes next
+    processor, chat = AutoProcessor.from_pretrained(folder), Chat(source, tiny_clip, ROOT / "model" / "demo")
+    opened = [{"type": "image", "image": Image.open(path)} for path in pictures[:3]]
+    texts = [{"type": "text", "text": text} for text in ("颜色？", "两张图有什么不同？")]
+    chats = [
+        [{"role": "user", "content": [opened[0], texts[0]]}],
+        [{"role": "user", "content": [*opened[1:], texts[1]]}],
+    ]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "processor_kwargs": {"padding": True}}
+    processor.tokenizer.padding_side = "left"
+    inputs = processor.apply_chat_template(chats, add_generation_prompt=True, **options)
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    with torch.no_grad():
+        theirs = model(**inputs).logits[:, -1].float()
+        for row, (text, own) in enumerate(
+            zip(("颜色？", "两张图有什么不同？"), (pictures[:1], pictures[1:3]), strict=True)
+        ):
+            ids = chat.encode_prompt(as_conversation(text, len(own), chat.config))
+            ours = chat.model(ids, chat.encode_images(own)).logits[0, -1]
+            assert (theirs[row] - ours).abs().max() < most * ours.abs().max()
+
+    code, _, err = run_python("-m", "model.export", "--reverse", folder, tmp_path / "back.pth")
+    assert code == 0, err
+    back = torch.load(tmp_path / "back.pth")
+    assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
+    assert all(back[name].dtype == state[name].dtype for name in state)
+
+
+def test_a_llava_of_others_is_refused(export, tmp_path):
+    folder = export()
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    tensors["multi_modal_projector.linear_2.weight"] += 0.1
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    code, _, err = run_python("-m", "model.export", "--reverse", folder, tmp_path / "back.pth")
+    assert code == 1 and "is a LLaVA whose projector has two layers" in err and err.count("\n") == 1
+
+
 def test_the_exported_model_batches_and_takes_pixels_or_features(export, chat, pictures):
-    folder = export("--with_vision")
+    folder = export(*CODE)
     model = MiniMindVForConditionalGeneration.from_pretrained(folder).eval()
     processor = MiniMindVProcessor.from_pretrained(folder)
     opened = [Image.open(path) for path in pictures[:3]]
@@ -78,7 +131,7 @@ def test_the_exported_model_batches_and_takes_pixels_or_features(export, chat, p
 
 @pytest.mark.parametrize("several", [{"num_return_sequences": 3, "do_sample": True}, {"num_beams": 3}])
 def test_every_answer_and_beam_sees_all_pictures_of_its_own_question(export, chat, pictures, several):
-    folder = export("--with_vision")
+    folder = export(*CODE)
     model = MiniMindVForConditionalGeneration.from_pretrained(folder).eval()
     opened = [Image.open(path) for path in pictures[:6]]
     texts = ["<image>和<image>有什么不同？", "没有图片", "<image>颜色？", "<image>、<image>和<image>？"]
@@ -112,7 +165,7 @@ def test_every_answer_and_beam_sees_all_pictures_of_its_own_question(export, cha
 
 
 def test_the_folder_works_as_transformers_vision_models_do(export, chat, pictures):
-    folder = export("--with_vision")
+    folder = export(*CODE)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     pipe = pipeline("image-text-to-text", model=str(folder), trust_remote_code=True)
     opened = [Image.open(path) for path in pictures[:3]]
@@ -178,7 +231,7 @@ def test_the_folder_works_as_transformers_vision_models_do(export, chat, picture
 
 
 def test_every_folder_has_a_chat_template_and_its_card_names_its_languages(export, weights, tiny_clip, tmp_path):
-    folder = export()
+    folder = export(*CODE)
     ours = (ROOT / "model" / "demo" / "chat_template.jinja").read_bytes()
     assert (folder / "chat_template.jinja").read_bytes() == ours
     assert "language: [zh]" in (folder / "README.md").read_text(encoding="utf-8")
@@ -189,7 +242,7 @@ def test_every_folder_has_a_chat_template_and_its_card_names_its_languages(expor
     config = json.loads((tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
     for template in (None, ours.decode() + "{# other #}"):
         (tokenizer / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
-        for flags in ([], ["--language_model"]):
+        for flags in (CODE, ["--language_model"]):
             folder = tmp_path / f"folder {template is None} {len(flags)}"
             paths = ["--vision_path", tiny_clip, "--tokenizer_path", tokenizer]
             code, _, err = run_python("-m", "model.export", weights, folder, *paths, *flags)
@@ -199,7 +252,7 @@ def test_every_folder_has_a_chat_template_and_its_card_names_its_languages(expor
 
 
 def test_a_folder_without_vision_says_how_to_give_it_some(export, chat, pictures):
-    folder = export()
+    folder = export("--format", "code")
     model = MiniMindVForConditionalGeneration.from_pretrained(folder)
     inputs = MiniMindVProcessor.from_pretrained(folder)(images=[Image.open(pictures[0])], text="颜色？")
     with pytest.raises(ValueError, match=r"set model.vision_encoder = CLIPVisionModel.from_pretrained"):
@@ -209,7 +262,7 @@ def test_a_folder_without_vision_says_how_to_give_it_some(export, chat, pictures
     assert answer.tolist() == list(chat.stream("颜色？", pictures[:1], max_new_tokens=5, temperature=0).tokens())
 
 
-@pytest.mark.parametrize("flags", [[], ["--with_vision"]])
+@pytest.mark.parametrize("flags", [[], ["--format", "code"], CODE])
 def test_back_to_a_pth_bit_for_bit(export, weights, tmp_path, flags):
     folder = export(*flags)
     back = tmp_path / "back.pth"
@@ -229,8 +282,9 @@ def test_files_of_others_keep_their_numbers_and_their_bias(export, tokenizer, tm
     assert all(after[name].dtype == torch.float16 and torch.equal(before[name], after[name]) for name in before)
 
 
-def test_chat_and_page_take_the_folder_and_run_no_code_of_it(export, chat, pictures, tmp_path, monkeypatch):
-    folder = export("--with_vision")
+@pytest.mark.parametrize("flags", [[], CODE])
+def test_chat_and_page_take_the_folder_and_run_no_code_of_it(export, chat, pictures, tmp_path, monkeypatch, flags):
+    folder = export(*flags)
     for file in folder.glob("*.py"):
         file.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n" + file.read_text(encoding="utf-8"), encoding="utf-8")
     wanted = "".join(chat.stream("颜色？", pictures[:1], max_new_tokens=20, temperature=0))
@@ -250,6 +304,7 @@ def test_what_can_t_be_exported_is_said_in_one_line(export, weights, tiny_clip, 
     llm = formula_file(tmp_path / "64_llm.pth", projector=False, **sizes)
     wide = formula_file(tmp_path / "wide.pth", vision_width=1024, **sizes)
     (tmp_path / "wide.json").write_text("{}")
+    moe = formula_file(tmp_path / "moe.pth", vision_width=48, use_moe=True, **sizes)
     broken = export()
     (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:-100])
     for arguments, says in (
@@ -258,6 +313,7 @@ def test_what_can_t_be_exported_is_said_in_one_line(export, weights, tiny_clip, 
         ([tmp_path / "nothing.pth", tmp_path / "new", *paths], "nothing.pth not found"),
         (["--reverse", weights, tmp_path / "new.pth"], "is not a folder"),
         (["--reverse", broken, tmp_path / "new.pth"], "is truncated, or not a file of weights"),
+        ([moe, tmp_path / "new", *paths, "--format", "llava"], "moe.pth has experts, which a LLaVA can't express"),
         ([weights, llm, *paths], "64_llm.pth would become a folder: to write the .pth file of a folder, add --reverse"),
         ([weights, tmp_path / "wide.json", *paths], "wide.json could not be written (File exists)"),
     ):

@@ -7,8 +7,8 @@ ROOT = Path(__file__).parent.parent
 
 # a file imports only from files above it, so that there is no circle
 HOUSE = """
-    model.errors model.files model.LMConfig model.model model.model_vlm model.conversation model.images model.vision_utils
-    model.layouts model.checkpoint
+    model.errors model.files model.LMConfig model.model model.model_vlm model.conversation model.images model.layouts
+    model.llava model.vision_utils model.checkpoint
     dataset.records dataset.parquet dataset.pictures dataset.source dataset.dataset dataset.batches
     model.decoder model.generate model.cpu_speed model.chat model.score model.stages model.arguments model.hf model.export model.doctor
     dataset.check dataset.convert dataset.demo
