@@ -154,7 +154,7 @@ def report(mark, what, place, says):
 def check_machine(args):
     """Reports packages, device and disk: {what: mark}."""
     other = list(other_packages())
-    says = f"{'; '.join(other)}: pip install -r requirements.txt" if other else "the versions of requirements.txt"
+    says = f"{'; '.join(other)}: pip install -r requirements.txt" if other else "all are there, in these versions"
     marks = {"packages": report("wrong" if other else "ok", "packages", "requirements.txt", says)}
     try:
         marks["device"] = report("ok", "device", args.device, device_facts(args.device))
@@ -277,7 +277,7 @@ class Doctor:
         self.check_file(llm.name, file, get, partial(self.check_weights, "llm"))
         for name, stage in STAGES.items():
             file = self.weights[stage.writes]
-            get = f"{self.command(name)} makes it"
+            get = f"made by: {self.command(name)}"
             if not parts.llm_repository and not self.args.demo:
                 get += ", or copy the published one there"
             self.check_file(file.name, file, get, partial(self.check_weights, stage.writes))

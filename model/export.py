@@ -1,7 +1,7 @@
 """A .pth file to a folder that transformers loads without this repository, and back.
 
 python -m model.export out/512_vlm_sft.pth my-minimind-v                  # a LLaVA with its CLIP, for transformers, vLLM, ...
-python -m model.export --reverse my-minimind-v out/512_vlm_sft.pth        # the same tensors, bit for bit
+python -m model.export --reverse my-minimind-v out/back/512_vlm_sft.pth   # the same tensors, bit for bit
 python -m model.export out/192_vlm_sft.pth demo-folder --demo             # with the demo's tokenizer and CLIP
 python -m model.export out/512_vlm_sft.pth a-llama --language_model       # without vision, as a Llama or Qwen3
 
@@ -92,11 +92,11 @@ LLAVA_EXAMPLE = """\
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-folder = "{name}"
-model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-parts = [{{"type": "image", "image": Image.open("picture.png")}}, {{"type": "text", "text": "描述这张图片。"}}]
-chat, options = [{{"role": "user", "content": parts}}], {{"tokenize": True, "return_dict": True, "return_tensors": "pt"}}
-inputs = processor.apply_chat_template(chat, add_generation_prompt=True, **options)
+model, processor = (kind.from_pretrained("{name}") for kind in (AutoModelForImageTextToText, AutoProcessor))
+picture, question = Image.open("picture.png"), "描述这张图片。"
+chat = [{{"role": "user", "content": [{{"type": "image", "image": picture}}, {{"type": "text", "text": question}}]}}]
+options = {{"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}}
+inputs = processor.apply_chat_template(chat, **options)
 answer = model.generate(**inputs, max_new_tokens=64, do_sample=False)[0, inputs["input_ids"].shape[1] :]
 print(processor.decode(answer, skip_special_tokens=True))"""
 LLAVA_NOTE = """\

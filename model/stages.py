@@ -147,9 +147,11 @@ def published_parts(args):
     clip = VISION_PATH, "openai/clip-vit-base-patch32"
     siglip = in_repository("model/siglip2-base-p32-256-ve"), "jingyaogong/siglip2-base-p32-256-ve"
     return {
-        "minimind2": Parts(f"{minimind2} with CLIP", dim, folder2, f"jingyaogong/{minimind2}", folder2, *clip, parquet),
+        "minimind2": Parts(
+            f"Path A: {minimind2} with CLIP", dim, folder2, f"jingyaogong/{minimind2}", folder2, *clip, parquet
+        ),
         "minimind3": Parts(
-            "MiniMind-3 with SigLIP2", 768, folder3, "jingyaogong/minimind-3", folder3, *siglip, parquet
+            "Path B: MiniMind-3 with SigLIP2", 768, folder3, "jingyaogong/minimind-3", folder3, *siglip, parquet
         ),
         "v1": Parts(
             "the files of 2024, or your own",

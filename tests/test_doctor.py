@@ -95,9 +95,9 @@ def test_nothing_is_there(tmp_path):
         "encoder": f"hf download openai/clip-vit-base-patch32 --local-dir {CLIP}",
         "tokenizer": f"copy model/minimind_tokenizer of the first MiniMind-V into {TOKENIZER}",
         "512_llm.pth": "copy the published one there, or do without: python 1-pretrain_vlm.py --from_scratch",
-        "512_vlm_pretrain.pth": "python 1-pretrain_vlm.py makes it",
-        "512_vlm_sft.pth": "python 2-sft_vlm.py makes it",
-        "512_vlm_sft_multi.pth": "python 2-sft_vlm.py --multi makes it",
+        "512_vlm_pretrain.pth": "made by: python 1-pretrain_vlm.py",
+        "512_vlm_sft.pth": "made by: python 2-sft_vlm.py",
+        "512_vlm_sft_multi.pth": "made by: python 2-sft_vlm.py --multi",
         "pretrain records": "dataset/README.md",
         "sft pictures": "dataset/README.md",
     }.items():
@@ -166,7 +166,7 @@ def test_the_demo(tmp_path, world):
     assert code == 0 and marks(found, "missing") == [f"192_vlm_{name}.pth" for name in ("pretrain", "sft", "sft_multi")]
     assert found["tokenizer"][1].endswith("476 tokens, the ones that model/demo/192_llm.pth was trained with")
     assert "will be drawn" in found["sft pictures"][1]
-    assert "python 2-sft_vlm.py --demo makes it" in found["192_vlm_sft.pth"][1]
+    assert "made by: python 2-sft_vlm.py --demo" in found["192_vlm_sft.pth"][1]
     assert verdicts[:2] == [
         "ready: python 1-pretrain_vlm.py --demo",
         "not ready: python 2-sft_vlm.py --demo (192_vlm_pretrain.pth missing)",
