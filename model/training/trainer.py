@@ -348,7 +348,7 @@ class Run:
         stop = Stop(quiet=not is_main)
         log = None
         if is_main:
-            print(f"steps: {self.total_steps}, in {self.args.epochs} epochs", flush=True)
+            print(f"steps: {self.total_steps}, in {self.args.epochs} epoch{'s' * (self.args.epochs > 1)}", flush=True)
             log = Log(self.args, self.weights_file.stem, self.step, self.total_steps, self.wandb_id)
             self.wandb_id = log.wandb_id
         save_ok = True
