@@ -281,7 +281,7 @@ class VLMDataset(Dataset):
         line = (
             f"{self.source} ({self.source.describe()}): {self.problems.total:,} records, {len(self):,} usable, "
             f"{text_only:,} of them text only; {len(self.image_names):,} pictures; {self.lengths.sum():,} tokens, "
-            f"{answers:,} of them in answers, {partial:.1%} of which are only parts of a character"
+            f"{answers:,} of them in answers, {partial:.1%} of them only parts of a character"
         )
         if partial < MAX_PARTIAL:
             return line

@@ -45,7 +45,7 @@ class Preprocess(NamedTuple):
 def to_rgb(image):
     """Any Pillow image as upright RGB: EXIF rotation applied, 16 bits scaled to 8, transparency laid on white.
 
-    ValueError if it has grey values of which nothing says what is white.
+    ValueError if nothing says which of its grey values is white.
     """
     # load first: TIFF turns the picture while it loads, and only then does EXIF say what is left to do; without its name
     # it is not mapped into memory, where Pillow mixes up width and height of one to be turned

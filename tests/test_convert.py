@@ -177,7 +177,7 @@ def test_characters_that_the_tokenizer_does_not_know_are_told(place, capsys):
     for answer, share, warns in (("黄色", "0.0%", False), ("樱桃树开花了。", "88.9%", True)):
         converted("my.csv", f"image,caption\na.png,{answer}\n", *tokenizer)
         out = capsys.readouterr().out
-        assert f"in answers, {share} of which are only parts of a character" in out
+        assert f"in answers, {share} of them only parts of a character" in out
         assert ("\nwarning: the tokenizer doesn't know many characters of these answers" in out) == warns
         assert out.splitlines()[-1].startswith("wrote my.json")
 

@@ -358,14 +358,13 @@ def test_parts_of_characters_are_counted(tokenizer, tmp_path):
     path = save_json(tmp_path / "data.json", [{"conversations": talk("?", "\U0001f600")}])
     found = load(path, tmp_path, tokenizer, tmp_path / "out")
     assert (
-        found.num_partial == 4
-        and "5 of them in answers, 80.0% of which are only parts of a character" in found.describe()
+        found.num_partial == 4 and "5 of them in answers, 80.0% of them only parts of a character" in found.describe()
     )
     assert "\nwarning: the tokenizer doesn't know many characters" in found.describe()
     answer = "\U0001f600" + "红色" * 8  # below a third
     path = save_json(tmp_path / "data.json", [{"conversations": talk("?", answer)}])
     found = load(path, tmp_path, tokenizer, tmp_path / "out")
-    assert "30.8% of which" in found.describe() and "warning" not in found.describe()
+    assert "30.8% of them only" in found.describe() and "warning" not in found.describe()
 
 
 def test_parts_of_other_types(tokenizer, tmp_path):

@@ -102,7 +102,7 @@ def describe(args, parts, resume_state):
         parts.summary or (f"weights of step {resume_state['step']}" if resume_state else "random weights"),
         f"device: {args.device}, {str(pick_dtype(args.dtype, args.device)).removeprefix('torch.')}",
         f"model: {config.dim}+{config.n_layers}, {config.projector} projector, {parts.model.num_parameters():,} parameters"
-        + (", of which the projector is trained" if args.freeze_llm else ""),
+        + ("; only the projector is trained" if args.freeze_llm else ""),
         f"encoder: {args.vision_path}, frozen; {encoder.image_tokens} tokens for a picture of {encoder.preprocess.size} pixels",
         f"tokenizer: {args.tokenizer_path}, {len(parts.tokenizer):,} tokens" + (f", {name}'s" if name else ""),
     ]
@@ -391,7 +391,7 @@ class Run:
         self.finish(stop, save_ok)
 
     def is_due(self, interval):
-        """Whether this step is one after which something is done that is done every so many steps; 0 is never."""
+        """Whether what is done every `interval` steps is due after this one; an interval of 0 means never."""
         return interval > 0 and self.step % interval == 0
 
     def finish(self, stop, save_ok):
