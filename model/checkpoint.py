@@ -25,7 +25,7 @@ from .layouts import (
     placeholder_of_generation,
     sizes_of,
 )
-from .llava import holds_llava, unpack_llava
+from .llava import PROJECTOR, holds_llava, unpack_llava
 from .LMConfig import LMConfig
 from .model_vlm import MiniMindVLM
 from .vision_utils import VISION, VisionEncoder, load_vision
@@ -36,7 +36,6 @@ WRAPPINGS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped
 EMBEDDINGS = ("tok_embeddings.weight", "model.embed_tokens.weight")  # in our layout, and in a llama's
 EXTRAS = ("pos_cis", ".mask", "freqs_cos", "freqs_sin", ".inv_freq")  # buffers of older files
 FLAGS = ("dim", "n_layers", "n_heads", "n_kv_heads", "use_moe", "projector")  # LMConfig fields that flags can set
-PROJECTOR = "vision_proj."
 TIED = ("tok_embeddings.weight", "output.weight")  # one tensor; safetensors keeps it under one of its two names
 PUBLISHED_TOKENIZER = "64ac8f6e290e6c15"  # tokenizer_hash of minimind_tokenizer
 # those of all generations; each has 6,400 tokens, MiniMind-3's are others than the earlier ones'
