@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import os
 import random
+import re
 import shutil
 import sys
 from functools import partial
@@ -361,8 +362,8 @@ class Doctor:
             self.ready(self.command(name), stage.starts_from, (f"{name} records", f"{name} pictures", "disk"))
             for name, stage in STAGES.items()
         ]
-        answer = f"python 3-eval_chat.py{self.command('sft').partition('.py')[2].partition(' --data_path')[0]}"
-        self.ready(answer, answering_stage(multi=False).writes)
+        flags = re.sub(r" --data_path \S+", "", self.command("sft").partition(".py")[2])
+        self.ready(f"python 3-eval_chat.py{flags}", answering_stage(multi=False).writes)
         return verdicts[0]
 
 

@@ -280,3 +280,8 @@ def test_more_bad_records_than_a_training_leaves_out():
     assert left_out([bad], 22) == f"; 1 of 22 sampled records can't be used, the first: {bad}"
     with pytest.raises(BadRecord, match="2 of 22 sampled records"):
         left_out([bad, bad], 22)
+
+
+def test_another_out_dir_is_in_every_command(today):
+    _, _, verdicts = doctor(today, "--parts", "minimind2", "--device", "cpu", "--out_dir", "elsewhere")
+    assert len(verdicts) == 4 and all(" --out_dir elsewhere" in verdict for verdict in verdicts)
