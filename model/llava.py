@@ -89,8 +89,12 @@ def unpack_llava(tensors, path):
 
 
 def chat_template(template, image_token):
-    """A tokenizer's chat template that also takes contents as lists of parts, and puts the image token where pictures go."""
-    return TEMPLATE.replace("IMAGE", image_token) + template
+    """A tokenizer's chat template that also takes contents as lists of parts, and puts the image token where pictures go.
+
+    The template of a folder that was exported before does so already, and stays as it is.
+    """
+    parts = TEMPLATE.replace("IMAGE", image_token)
+    return parts + template.removeprefix(parts)
 
 
 TEMPLATE = """\

@@ -251,6 +251,35 @@ def test_every_folder_has_a_chat_template_and_its_card_names_its_languages(expor
             assert written == (template or PUBLISHED_TEMPLATE)
 
 
+def test_an_exported_llava_s_tokenizer_can_be_exported_once_more(export, weights, tiny_clip, tmp_path):
+    first, second = export(), tmp_path / "second"
+    paths = ["--vision_path", tiny_clip, "--tokenizer_path", first]
+    code, _, err = run_python("-m", "model.export", weights, second, *paths)
+    assert code == 0, err
+    assert (second / "chat_template.jinja").read_bytes() == (first / "chat_template.jinja").read_bytes()
+
+
+def test_a_folder_of_earlier_days_loads(export, chat, weights, pictures, tmp_path):
+    """As of commit 9d9f35b: fewer fields, code of other names, no chat template, no mean and deviation of pixels."""
+    folder = export(*CODE)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for field in ("drop_class_token", "head_dim", "image_chars", "projector", "qk_norm"):
+        del config[field]
+    names = {"AutoConfig": "LMConfig.LMConfig", "AutoModelForCausalLM": "hub.MiniMindVForConditionalGeneration"}
+    config["auto_map"] = {**names, "AutoProcessor": "hub.MiniMindVProcessor"}
+    (folder / "config.json").write_text(json.dumps(config))
+    processor = {"processor_class": "MiniMindVProcessor", "auto_map": {"AutoProcessor": "hub.MiniMindVProcessor"}}
+    (folder / "processor_config.json").write_text(json.dumps({**processor, "image_size": 64, "image_tokens": 5}))
+    for file in (*folder.glob("*.py"), folder / "chat_template.jinja"):
+        file.unlink()
+
+    expected = "".join(chat.stream("颜色？", pictures[:1], max_new_tokens=20, temperature=0))
+    other = Chat(folder, "no clip", "no tokenizer")
+    assert "".join(other.stream("颜色？", pictures[:1], max_new_tokens=20, temperature=0)) == expected
+    code, _, err = run_python("-m", "model.export", "--reverse", folder, tmp_path / "back.pth")
+    assert code == 0 and (tmp_path / "back.pth").read_bytes() == weights.read_bytes(), err
+
+
 def test_a_folder_without_vision_says_how_to_give_it_some(export, chat, pictures):
     folder = export("--format", "code")
     model = MiniMindVForConditionalGeneration.from_pretrained(folder)
