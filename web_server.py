@@ -4,6 +4,7 @@ python web_server.py                     # out/512_vlm_sft.pth on http://127.0.0
 python web_server.py --demo              # the demo's model
 python web_server.py --weights FILE --host 0.0.0.0 --port 80
 python web_server.py --watch             # only the training curves, without a model
+python web_server.py --backend http://127.0.0.1:8000/v1    # the page before an engine, such as vLLM
 
 Any other WSGI server can run it, in one process with many threads:
 gunicorn --threads 32 'web_server:create_app("--demo")'
@@ -33,7 +34,7 @@ from model.arguments import (
     add_switch,
     load_chat,
     number,
-    parse_with_demo,
+    parse_with_defaults,
     settings_of,
 )
 from model.errors import BadInput, run_script
@@ -47,6 +48,7 @@ from web.api import (
     add_training_page,
     error_response,
 )
+from web.backend import Backend
 from web.queue import RequestQueue
 from web.requests import MAX_REQUEST
 
@@ -77,7 +79,27 @@ def parse_arguments(flags):
         help="let pages of these sites use the server, e.g. https://example.com; * for all (default: its own pages only)",
     )
     add_switch(parser, "--watch", help="show only the training curves, at /training, without a model")
-    return parse_with_demo(parser, DEMO_ANSWERING, flags)
+    parser.add_argument(
+        "--backend",
+        type=read_url,
+        metavar="URL",
+        help="load no model, and let an engine with OpenAI's API answer, e.g. http://127.0.0.1:8000/v1 of `vllm serve "
+        "FOLDER`: it gets the key in the environment's OPENAI_API_KEY, if there is one, limits answers itself unless "
+        "--max_new_tokens is given, and can't show what the model looked at",
+    )
+    args = parse_with_defaults(parser, defaults_of, flags)
+
+    # flags of a model of our own, and of no model at all
+    for name in ("weights", "quantize", "watch"):
+        if args.backend and getattr(args, name):
+            raise BadInput(f"--backend lets an engine answer with its own model: leave out --backend or --{name}")
+    return args
+
+
+def defaults_of(args):
+    """The defaults that --demo changes, and --backend: engines refuse a question if the longest answer to it may not fit."""
+    demo = DEMO_ANSWERING if args.demo else {}
+    return {**demo, "max_new_tokens": None} if args.backend else demo
 
 
 def read_origin(text):
@@ -89,8 +111,16 @@ def read_origin(text):
     return text
 
 
+def read_url(text):
+    """The address of an engine's API, without a slash at the end."""
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
+        raise argparse.ArgumentTypeError(f"{text!r} should be an address like http://127.0.0.1:8000/v1")
+    return text.rstrip("/")
+
+
 def create_app(*flags):
-    """The Flask application, its model loaded and warmed up. Takes the flags of the command line."""
+    """The Flask application, its model loaded and warmed up or its engine asked. Takes the flags of the command line."""
     # what every response needs, with a model or without
     args = parse_arguments(flags)
     app = Flask(__name__, static_folder="web/static", static_url_path="/web")
@@ -103,6 +133,7 @@ def create_app(*flags):
     # training curves need no model
     add_training_page(app, Path(args.out_dir).absolute())
     if args.watch:
+        app.summary = "showing training curves only"
         app.add_url_rule("/", view_func=lambda: redirect("training"))
         return app
 
@@ -110,14 +141,21 @@ def create_app(*flags):
     app.config["MAX_CONTENT_LENGTH"] = MAX_REQUEST
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
-    # the model, its API and the chat page
-    app.chat = load_chat(args)
-    app.chat.warm_up()
+    # the API, of an engine or of a model that is loaded here
     settings = settings_of(args)
-    app.api = ChatAPI(app.chat, RequestQueue(args.queue), settings)
+    if args.backend:
+        app.api = Backend(args.backend, settings)
+        app.summary = f"{app.api.info['model']} answers, at {args.backend}"
+    else:
+        app.chat = load_chat(args)
+        app.chat.warm_up()
+        app.api = ChatAPI(app.chat, RequestQueue(args.queue), settings)
+        app.summary = app.chat.summary
     app.api.add_routes(app)
+
+    # the chat page
     samples = Path(in_repository("dataset/eval_multi_images" if args.multi else "dataset/eval_images")).absolute()
-    add_chat_page(app, app.chat, samples, settings)
+    add_chat_page(app, samples, app.api.info)
     return app
 
 
@@ -126,7 +164,7 @@ def main():
     app = create_app(*sys.argv[1:])
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # don't print a line for every request
     server = make_server(args.host, args.port, app, threaded=True)
-    print("showing training curves only" if args.watch else app.chat.summary)
+    print(app.summary)
     print(f"open http://{args.host}:{server.port} (Ctrl-C stops)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()

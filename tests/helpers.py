@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -368,6 +369,32 @@ def question(text, *urls):
 
 def ask(client, **body):
     return client.post("/v1/chat/completions", json=body)
+
+
+class RawClient:
+    """A raw connection that sends a request and can hang up at any moment; if `slow`, it withholds the last bytes."""
+
+    def __init__(self, address, slow=False, path="/v1/chat/completions", **body):
+        host, port = address.removeprefix("http://").split(":")
+        self.socket = socket.create_connection((host, int(port)), timeout=20)
+        data = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+        self.socket.sendall(head.encode() + data[: -5 if slow else None])
+
+    def read_pieces(self, count):
+        seen = b""
+        while seen.count(b'"content"') < count + 1:  # the first event's is empty
+            seen += self.socket.recv(65536)
+
+    def hang_up(self):
+        self.socket.close()
+
+
+def eventually(condition):
+    limit = time.time() + 10
+    while not condition():
+        assert time.time() < limit
+        time.sleep(0.01)
 
 
 def animated(path, pictures, **options):

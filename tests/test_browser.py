@@ -27,11 +27,14 @@ def app(weights, tiny_clip, monkeypatch):
 
 @pytest.fixture
 def visit(app, browser):
-    """A function that opens the page in a language, colour scheme and width; the test fails on any error of the page."""
+    """A function that opens the page in a language, colour scheme and width, at the address of the model's server or another.
+
+    The test fails on any error of the page.
+    """
     contexts, problems = [], []
     with serving(app) as address:
 
-        def open_page(locale="zh-CN", colour_scheme="light", width=1000):
+        def open_page(locale="zh-CN", colour_scheme="light", width=1000, at=address):
             context = browser.new_context(
                 locale=locale,
                 color_scheme=colour_scheme,
@@ -45,12 +48,10 @@ def visit(app, browser):
             page.on(
                 "request",
                 lambda request: (
-                    None
-                    if request.url.startswith((address, "data:", "blob:"))
-                    else problems.append(f"asked {request.url}")
+                    None if request.url.startswith((at, "data:", "blob:")) else problems.append(f"asked {request.url}")
                 ),
             )
-            page.goto(address)
+            page.goto(at)
             expect(page.locator("#samples img")).to_have_count(7)
             return page
 
@@ -314,6 +315,39 @@ def test_problems_are_shown(visit, tmp_path):
     page.locator("#question").press("Enter")
     expect(page.locator(".mine .bubble")).to_have_text("第一行\n第二行")
     expect(bubble(page)).to_have_text(LONG)
+
+
+def test_before_an_engine_the_page_shows_what_engines_tell(visit, app, pictures, tmp_path):
+    animation = animated(tmp_path / "animation.gif", [Image.open(path) for path in pictures[:3]])
+    with serving(app) as address, serving(create_app("--backend", f"{address}/v1")) as front:
+        page = visit("en-US", at=front)
+        expect(page.locator("#model")).to_have_text("64_vlm_sft")
+        drop(page, pictures[0], animation)
+        expect(page.locator("#thumbnails img")).to_have_count(2)
+        with page.expect_request("**/completions") as request:
+            ask(page, "?")
+        body = request.value.post_data_json
+        assert [part["type"] for part in body["messages"][0]["content"]] == ["image_url", "image_url", "text"]
+        assert "return_token_ids" not in body and "max_tokens" not in body
+        expect(bubble(page)).to_have_text(LONG)
+        expect(page.locator(".speed")).to_contain_text("tokens")
+        expect(page.get_by_role("button", name="Regenerate")).to_have_count(1)
+        expect(page.get_by_role("button", name="What it looked at")).to_have_count(0)
+
+        # stopped: nobody tells how many tokens there were
+        page.get_by_role("button", name="Regenerate").click()
+        expect(bubble(page)).to_contain_text("左上角")
+        page.locator("#send-button").click()
+        expect(page.locator(".speed")).to_have_text("stopped")
+
+        # the settings: the longest answer is the engine's, until the visitor sets it
+        page.locator("#settings-button").click()
+        limit = page.locator("label:has([name=max_tokens]) b")
+        expect(limit).to_have_text("–")
+        page.get_by_label("Max new tokens").fill("3")
+        expect(limit).to_have_text("3")
+        page.get_by_role("button", name="Regenerate").click()
+        expect(page.locator(".speed")).to_contain_text(re.compile("^3 tokens"))
 
 
 def test_waiting_visitors_see_how_many_are_ahead(visit):

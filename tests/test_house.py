@@ -15,7 +15,7 @@ HOUSE = """
     model.demo.make_tokenizer model.demo.make_llm model.demo.make_clip
     model.training.distributed model.training.logs model.training.stats model.training.feature_cache model.training.graphs
     model.training.resume model.training.trainer model.training.plot
-    web.requests web.queue web.api
+    web.requests web.queue web.api web.backend
     1-pretrain_vlm 2-sft_vlm 3-eval_chat web_server
 """
 ORDER = HOUSE.split()

@@ -6,12 +6,10 @@ import json
 import os
 import re
 import signal
-import socket
 import struct
 import subprocess
 import sys
 import threading
-import time
 import zlib
 from urllib.parse import quote
 
@@ -20,9 +18,11 @@ import openai
 import pytest
 from helpers import (
     ROOT,
+    RawClient,
     animated,
     ask,
     data_url,
+    eventually,
     heed_interrupts,
     part,
     picture_url,
@@ -612,32 +612,6 @@ def test_waiting_clients_see_their_position(app, client):
     waits = sorted([int(n) for n in re.findall(r"^: waiting (\d)$", text, re.MULTILINE)] for text in texts)
     assert waits[0] == [] and set(waits[1]) == {1} and set(waits[2]) == {1, 2} and waits[2][0] == 2
     assert all(text.endswith("data: [DONE]\n\n") for text in texts)
-
-
-class RawClient:
-    """A raw connection that sends a request and can hang up at any moment; if `slow`, it withholds the last bytes."""
-
-    def __init__(self, address, slow=False, path="/v1/chat/completions", **body):
-        host, port = address.removeprefix("http://").split(":")
-        self.socket = socket.create_connection((host, int(port)), timeout=20)
-        data = json.dumps(body).encode()
-        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-        self.socket.sendall(head.encode() + data[: -5 if slow else None])
-
-    def read_pieces(self, count):
-        seen = b""
-        while seen.count(b'"content"') < count + 1:  # the first event's is empty
-            seen += self.socket.recv(65536)
-
-    def hang_up(self):
-        self.socket.close()
-
-
-def eventually(condition):
-    limit = time.time() + 10
-    while not condition():
-        assert time.time() < limit
-        time.sleep(0.01)
 
 
 def test_uploads_at_once_are_bounded(app):

@@ -60,8 +60,11 @@ def add_training_page(app, out_dir):
         return response.make_conditional(request)
 
 
-def add_chat_page(app, chat, samples, defaults):
-    """The chat page, the sample pictures in the folder `samples`, and what the page needs to know of the model."""
+def add_chat_page(app, samples, facts):
+    """The chat page, the sample pictures in the folder `samples`, and what the page needs to know, such as the model's name.
+
+    facts: `info` of the API that answers, a ChatAPI or a Backend.
+    """
     sample_questions = []
     for paths, question in read_questions(samples):
         pictures = [f"samples/{quote(path.name)}" for path in paths]
@@ -77,16 +80,7 @@ def add_chat_page(app, chat, samples, defaults):
 
     @app.get("/info")
     def info():
-        return {
-            "model": chat.name,
-            "parameters": chat.parameters,
-            "device": str(chat.device),
-            "layers": chat.config.n_layers,
-            "settings": defaults,
-            "max_pictures": chat.max_pictures,
-            "max_picture_bytes": MAX_PICTURE,
-            "samples": sample_questions,
-        }
+        return {**facts, "max_picture_bytes": MAX_PICTURE, "samples": sample_questions}
 
 
 # --- the API --------------------------------------------------------------------------------------------------------
@@ -102,6 +96,14 @@ class ChatAPI:
         self.defaults = defaults
         self.generated_tokens = 0  # since the start
         self.model = {"id": chat.name, "object": "model", "created": int(time.time()), "owned_by": "minimind-v"}
+        self.info = {
+            "model": chat.name,
+            "parameters": chat.parameters,
+            "device": str(chat.device),
+            "layers": chat.config.n_layers,
+            "settings": defaults,
+            "max_pictures": chat.max_pictures,
+        }
 
     def add_routes(self, app):
         app.add_url_rule("/health", view_func=self.health)

@@ -74,12 +74,12 @@ class RequestQueue:
 class DisconnectEvent:
     """An event, as `stop_event` expects one, that is set once the client has closed the connection.
 
-    Only Werkzeug's server hands out the socket. Under another server a disconnect shows when the next piece of a
-    streamed answer can't be sent.
+    Werkzeug's server and gunicorn hand out the socket. Under another server a disconnect shows when the next piece of
+    a streamed answer can't be sent.
     """
 
     def __init__(self, environ):
-        self.socket = environ.get("werkzeug.socket")
+        self.socket = environ.get("werkzeug.socket") or environ.get("gunicorn.socket")
 
     def is_set(self):
         if self.socket is None:

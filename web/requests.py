@@ -92,7 +92,12 @@ def read_fields(given, known, what, neutral=None, ignored=()):
 
 
 def read_body(known, neutral=None, ignored=()):
-    """The JSON object of the request; known, neutral, ignored: as in `read_fields`."""
+    """The JSON object of the request, its fields checked; known, neutral, ignored: as in `read_fields`."""
+    return read_fields(read_json(), known, "the request", neutral, ignored)
+
+
+def read_json():
+    """The JSON object of the request."""
     if not request.is_json:
         raise UnsupportedMediaType("send JSON, with the header Content-Type: application/json")
     data = request.get_data(cache=False)
@@ -104,7 +109,7 @@ def read_body(known, neutral=None, ignored=()):
     except (ValueError, RecursionError) as error:
         raise BadInput(f"the request is not valid JSON ({str(error)[:100]})") from None
     require(isinstance(body, dict), "the request should be a JSON object")
-    return read_fields(body, known, "the request", neutral, ignored)
+    return body
 
 
 def read_options(body, defaults):

@@ -41,7 +41,7 @@ const TEXTS = {
   },
 };
 
-let info = null; // the server's /info
+let info = null; // the server's /info; `backend`: an engine answers, which tells neither its size nor where it looked
 let pictures = []; // {url (data:), name, questions}: attached to the next question
 let active = null; // the exchange that is being answered
 const exchanges = [];
@@ -69,7 +69,10 @@ function notice(text) {
 }
 
 function showLanguage() {
-  if (info) $("model").textContent = `${info.model} · ${t("parameters", (info.parameters / 1e6).toFixed(1))}`;
+  if (info) {
+    const parameters = info.parameters ? ` · ${t("parameters", (info.parameters / 1e6).toFixed(1))}` : "";
+    $("model").textContent = info.model + parameters;
+  }
   for (const exchange of exchanges) exchange.showTools();
   showPictures();
 }
@@ -140,7 +143,11 @@ const FIELDS = { temperature: "temperature", top_k: "top_k", top_p: "top_p", max
 const field = (name) => document.querySelector(`#settings-panel [name=${name}]`);
 
 function showSettings() {
-  for (const value of document.querySelectorAll("#settings-panel b")) value.textContent = value.parentElement.querySelector("input").value;
+  for (const shown of document.querySelectorAll("#settings-panel b")) {
+    // an engine may have a limit of its own, which nobody knows here
+    const { name, value, dataset } = shown.parentElement.querySelector("input");
+    shown.textContent = info?.settings[FIELDS[name]] === null && value === dataset.untouched ? "–" : value;
+  }
 }
 
 /** Shows the server's own settings, as precisely as a slider can. */
@@ -175,8 +182,9 @@ class Exchange {
   }
 
   get messages() {
-    // what may move is sent as a video; the server takes a still GIF, WebP, PNG or AVIF for a video of one frame
-    const parts = this.pictures.map(({ url }) => (/^data:(video|image\/(gif|webp|a?png|avif))/.test(url)
+    // what may move is sent as a video: our server takes a still GIF, WebP, PNG or AVIF for one of one frame, engines don't
+    const moving = info.backend ? /^data:video/ : /^data:(video|image\/(gif|webp|a?png|avif))/;
+    const parts = this.pictures.map(({ url }) => (moving.test(url)
       ? { type: "video_url", video_url: { url } } : { type: "image_url", image_url: { url } }));
     return [{ role: "user", content: [...parts, { type: "text", text: this.question }] }];
   }
@@ -200,7 +208,8 @@ class Exchange {
     this.showTools();
     try {
       await this.receive(await post("v1/chat/completions", {
-        messages: this.messages, stream: true, stream_options: { include_usage: true }, return_token_ids: true, ...readSettings(),
+        messages: this.messages, stream: true, stream_options: { include_usage: true }, ...readSettings(),
+        ...(info.backend ? {} : { return_token_ids: true }),
       }, this.controller.signal));
       if (!this.finishReason) this.problem = t("lost");
     } catch (error) {
@@ -245,7 +254,8 @@ class Exchange {
       return;
     }
     if (!event.startsWith("data: {")) return;
-    const { choices: [choice], usage } = JSON.parse(event.slice(6));
+    const { choices: [choice] = [], usage, error } = JSON.parse(event.slice(6));
+    if (error) throw new ServerError(error.message);
     if (usage) this.usage = usage;
     if (!choice) return;
     if (choice.finish_reason) this.finishReason = choice.finish_reason;
@@ -269,7 +279,7 @@ class Exchange {
       const tools = [button("again", () => this.askAgain())];
       if (!this.problem && this.pieces.length) {
         tools.unshift(button("copy", () => this.copy()));
-        if (this.pictures.length) {
+        if (this.pictures.length && !info.backend) {
           const label = make("span", { data: { text: this.heatMap ? "hide" : "look" } });
           this.lookButton = button("eye", () => this.toggleHeatMap(), label);
           this.lookButton.setAttribute("aria-expanded", String(Boolean(this.heatMap)));
@@ -284,9 +294,11 @@ class Exchange {
   }
 
   speed() {
-    const tokens = this.usage?.completion_tokens ?? this.pieces.reduce((sum, piece) => sum + piece.ids.length, 0);
+    // an engine's answer that was stopped has neither usage nor token ids
+    const tokens = this.usage?.completion_tokens ?? this.pieces.reduce((sum, { ids = [] }) => sum + ids.length, 0);
     const rate = this.usage?.tokens_per_second;
-    const notes = [rate ? t("speed", rate.toFixed(0), tokens) : t("count", tokens)];
+    const notes = [];
+    if (tokens) notes.push(rate ? t("speed", rate.toFixed(0), tokens) : t("count", tokens));
     if (this.finishReason === "length") notes.push(t("cut"));
     if (this.finishReason === "stopped") notes.push(t("stopped"));
     return notes.join(" · ");
