@@ -97,19 +97,10 @@ def save_clip(folder):
     return folder
 
 
-def save_random_vlm(path, tokenizer, max_seq_len=128):
+def save_random_vlm(path, tokenizer, **sizes):
     torch.manual_seed(0)
-    config = LMConfig(
-        dim=64,
-        n_layers=2,
-        n_heads=4,
-        n_kv_heads=2,
-        max_seq_len=max_seq_len,
-        vision_width=48,
-        image_tokens=5,
-        **tokenizer_fields(tokenizer),
-    )
-    model = MiniMindVLM(config)
+    sizes = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 128, **sizes}
+    model = MiniMindVLM(LMConfig(**sizes, vision_width=48, image_tokens=5, **tokenizer_fields(tokenizer)))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

@@ -191,7 +191,7 @@ def test_as_many_pictures_fit_as_the_page_and_the_api_say(tokenizer, tiny_clip, 
     monkeypatch.chdir(ROOT)
     assert Chat(save_seeing(tmp_path / "demo.pth", tokenizer), "model/demo", "model/demo").max_pictures == 9
     for max_seq_len in (20, 64, 100):
-        weights = save_random_vlm(tmp_path / "64_vlm_sft.pth", tokenizer, max_seq_len)
+        weights = save_random_vlm(tmp_path / "64_vlm_sft.pth", tokenizer, max_seq_len=max_seq_len)
         app = create_app("--weights", str(weights), "--vision_path", str(tiny_clip), "--tokenizer_path", "model/demo")
         client = app.test_client()
         most = client.get("/info").get_json()["max_pictures"]
