@@ -19,11 +19,11 @@ from transformers import (
 
 from .checkpoint import load_parts
 from .conversation import as_conversation, encode_conversations, pad_left
-from .cpu_speed import RowLinear, quantize
-from .decoder import Decoder, GraphDecoder
+from .decoder import Decoder, GraphDecoder, OnnxDecoder
 from .errors import BadInput
 from .generate import SETTINGS, Answer
 from .images import read_frames, read_pixels
+from .onnx_graphs import has_runtime, language_graph, vision_graph
 from .vision_utils import has_vision
 
 ROOM_FOR_WORDS = 32  # tokens of a short question and its answer
@@ -72,11 +72,19 @@ class Chat:
         one, two = (len(ids) for ids, _ in encode_conversations(self.tokenizer, counted, self.config))
         self.max_pictures = max(1, 1 + (self.config.max_seq_len - ROOM_FOR_WORDS - one) // (two - one))
         self.max_frames = max(1, min(max_frames, self.max_pictures))
+
+        # on a CPU, ONNX Runtime takes the place of PyTorch if it is installed
+        self.session, self.int8 = None, int8
+        if int8 and self.device.type != "cpu":
+            raise BadInput(f"--quantize int8 is for CPUs, and the model is on {device}: use --device cpu")
+        if int8 and not has_runtime():
+            raise BadInput("--quantize int8 needs ONNX Runtime: pip install onnxruntime onnx")
         if int8:
-            quantize(self.model, self.device)
-            quantize(self.encoder.model, self.device)
-        elif self.device.type == "cpu":
-            RowLinear.install(self.model)
+            self.encoder.session = vision_graph(self.encoder.model, int8).session()
+            self.encoder.model = None
+        on_cpu = self.device.type == "cpu" and dtype == torch.float32 and not self.config.use_moe
+        if int8 or (on_cpu and has_runtime()):
+            self.session = language_graph(self.model, int8).session()
 
         # on a GPU a step is one captured graph, which one answer at a time can use
         self.graph = None
@@ -162,12 +170,19 @@ class Chat:
     def decoder(self, length):
         """A decoder for one answer; `length` is its tokens with the question's. On a GPU the captured one, unless in use."""
         if self.graph is None or not self.graph_lock.acquire(blocking=False):
-            yield Decoder(self.model, 1, length)
+            yield self.new_decoder(1, length)
             return
         try:
             yield self.graph
         finally:
             self.graph_lock.release()
+
+    def new_decoder(self, batch, length):
+        """A decoder for a batch of answers of at most `length` tokens with their questions."""
+        # at many rows, PyTorch is as fast
+        if self.session is None or (batch > 1 and not self.int8):
+            return Decoder(self.model, batch, length)
+        return OnnxDecoder(self.model, batch, length, self.session)
 
     def attention(self, turns, images, token_ids):
         """Where the model looked: `MiniMindVLM.attention_maps` of an answer's token ids; turns, images: as in `stream`."""
@@ -189,7 +204,7 @@ class Chat:
             # a captured graph has a fixed batch size: repeat the last question to fill it
             rows = batch + batch[-1:] * (batch_size - len(batch)) if graph else batch
             input_ids, mask = pad_left([prompts[i] for i in rows])  # (B, T)
-            decoder = graph or Decoder(self.model, len(rows), input_ids.shape[1] + max_new_tokens)
+            decoder = graph or self.new_decoder(len(rows), input_ids.shape[1] + max_new_tokens)
 
             # the questions with their pictures, then a token of each answer a step, until all have ended
             images = torch.cat([features[i] for i in rows])  # (N, P, V)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from .LMConfig import LMConfig
+from .model import rotary_freqs
 
 
 class KVCache:
@@ -130,4 +131,61 @@ class GraphDecoder(Decoder):
     def step(self, token):
         self.token.copy_(token)
         self.replay()
+        return self.logits
+
+
+class OnnxDecoder(Decoder):
+    """On a CPU: the same by a session of `language_graph`, which works in the memory of the tensors here."""
+
+    def __init__(self, model, batch, length, session):
+        self.model = model
+        self.config = config = model.config
+        self.session = session
+        self.binding = session.io_binding()
+
+        # what the graph reads and writes at every step
+        self.lengths = torch.zeros(batch, dtype=torch.int32)
+        self.longest = torch.zeros((), dtype=torch.int32)
+        self.logits = torch.empty(batch, config.vocab_size)
+        freqs = rotary_freqs(torch.arange(length)[None], config.head_dim, config.rope_theta)[0, 0]  # (length, C/2)
+        self.bound = {"lengths": self.lengths, "longest": self.longest}
+        self.bound |= {"cos": freqs.real.contiguous(), "sin": freqs.imag.contiguous()}
+        self.bind("bind_output", "logits", self.logits)
+
+        # keys and values, the old and the new in the same memory
+        self.memory = torch.empty(config.n_layers, 2, batch, config.n_kv_heads, length, config.head_dim)
+        for number, layer in enumerate(self.memory):
+            for kind, values in zip(("keys", "values"), layer, strict=True):
+                self.bound[f"{kind}.{number}"] = values
+                self.bind("bind_output", f"new_{kind}.{number}", values)
+        for name, tensor in self.bound.items():
+            self.bind("bind_input", name, tensor)
+        self.last_of_one = torch.arange(batch)  # of a step, in which each row has one token
+
+    def bind(self, how, name, tensor):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        getattr(self.binding, how)(name, "cpu", 0, kind, tuple(tensor.shape), tensor.data_ptr())
+
+    def prompt(self, input_ids, image_features=None, attention_mask=None):
+        embeddings = self.model.embed(input_ids, image_features)  # (B, T, D)
+        rows, width = input_ids.shape
+        counts = torch.full((rows,), width) if attention_mask is None else attention_mask.sum(dim=1)
+
+        # the graph wants padding on the right
+        order = (torch.arange(width) + (width - counts)[:, None]) % width  # (B, T)
+        embeddings = embeddings.gather(1, order[..., None].expand_as(embeddings))
+        self.lengths.copy_(counts - 1)
+        self.longest.fill_(width)
+        return self.run(embeddings, torch.arange(rows) * width + counts - 1)
+
+    def step(self, token):
+        self.lengths += 1
+        self.longest += 1
+        return self.run(self.model.tok_embeddings(token), self.last_of_one)
+
+    def run(self, embeddings, last):
+        """embeddings (B, T, D), last (B,) -> logits (B, vocab_size)."""
+        self.bind("bind_input", "embeddings", embeddings)
+        self.bind("bind_input", "last", last)
+        self.session.run_with_iobinding(self.binding)
         return self.logits

@@ -5,6 +5,7 @@ python -m model.export --reverse my-minimind-v out/back/512_vlm_sft.pth   # the 
 python -m model.export out/192_vlm_sft.pth demo-folder --demo             # with the demo's tokenizer and CLIP
 python -m model.export out/512_vlm_sft.pth a-llama --language_model       # without vision, as a Llama or Qwen3
 
+With `--format onnx`, or `onnx-int8` with matrices in 8 bits, ONNX Runtime alone answers: see onnx_export.py.
 What a LLaVA can't express (experts, an mlp as projector, a SigLIP) becomes a folder with code, which transformers runs
 with trust_remote_code=True; so does any model with `--format code`, and then CLIP is copied only with `--with_vision`.
 """
@@ -38,9 +39,11 @@ from .files import read_json_object, write_atomically, write_json
 from .layouts import sizes_of, to_llama, transformers_config
 from .llava import chat_template, llava_config, not_a_llava, pack_llava
 from .model_vlm import MiniMindVLM
+from .onnx_export import export_onnx
 from .stages import DEMO_MODEL
 from .vision_utils import VISION
 
+FORMATS = ("llava", "code", "onnx", "onnx-int8")
 # hf.py and what it imports; they name each other relatively, so that they run in the folder as they are
 CODE = ("errors", "LMConfig", "model", "model_vlm", "conversation", "images", "hf")
 AUTO_MAP = {
@@ -101,6 +104,12 @@ answer = model.generate(**inputs, max_new_tokens=64, do_sample=False)[0, inputs[
 print(processor.decode(answer, skip_special_tokens=True))"""
 LLAVA_NOTE = """\
 It is a LLaVA: no code of its own is run, and vLLM serves it (`vllm serve FOLDER --max-model-len {max_seq_len}`)."""
+ONNX_EXAMPLE = """\
+import subprocess
+
+# pip install onnxruntime numpy pillow tokenizers
+subprocess.run(["python", "{name}/ask.py", "picture.png", "描述这张图片。"], check=True)"""
+ONNX_NOTE = "ONNX Runtime runs it, without PyTorch and transformers; `ask.py` shows how its files work together."
 CODE_NOTE = "`trust_remote_code=True` runs the code in this folder, and nothing else. Use float32 or bfloat16."
 EXAMPLE = """\
 from PIL import Image
@@ -115,7 +124,7 @@ print(processor.decode(answer, skip_special_tokens=True))"""
 
 
 def export(weights, folder, tokenizer_path, vision_path, format=None, with_vision=False):
-    """Writes the folder, as "llava" or with "code"; by default as a LLaVA if it can express the model.
+    """Writes the folder, as one of FORMATS; by default as a LLaVA if it can express the model, else with code.
 
     The encoder in vision_path is copied into a LLaVA, and into a folder with code if `with_vision`. BadInput says what a
     LLaVA can't express.
@@ -128,7 +137,11 @@ def export(weights, folder, tokenizer_path, vision_path, format=None, with_visio
     state = in_our_layout(read_weights(weights), config)  # in the precision of the file
     metadata = {**parts.metadata, **provenance(config, parts.tokenizer)}
     folder.mkdir(parents=True, exist_ok=True)
-    if format == "code" or reason:
+    if format in ("onnx", "onnx-int8"):
+        export_onnx(folder, parts, int8=format == "onnx-int8")
+        copy_tokenizer(tokenizer_path, folder)
+        write_card(folder, parts, state, metadata, "included in this folder", ONNX_EXAMPLE, ONNX_NOTE)
+    elif format == "code" or reason:
         export_code(folder, parts, state, metadata, tokenizer_path, with_vision)
     else:
         export_llava(folder, parts, state, metadata, tokenizer_path)
@@ -325,7 +338,7 @@ def main():
     parser.add_argument("target", type=Path, help="the folder to write; with --reverse, the .pth file")
     parser.add_argument(
         "--format",
-        choices=["llava", "code"],
+        choices=FORMATS,
         help="the folder's form (default: llava for what it can express, otherwise code)",
     )
     parser.add_argument("--with_vision", action="store_true", help="put the encoder into a folder with code, too")

@@ -51,6 +51,7 @@ class VisionEncoder:
                 "leave out --drop_class_token"
             )
         self.first = int(drop_class_token)  # the first vector that is kept
+        self.session = None  # of ONNX Runtime, to take in place of the model
         self.image_tokens = (config.image_size // config.patch_size) ** 2 + has_class_token - self.first
         self.vision_width = config.hidden_size
 
@@ -75,6 +76,9 @@ class VisionEncoder:
         Not the pooled vector: that summarises the picture, these still say what is where.
         """
         pixel_values = normalise(pixels.to(self.device), self.mean, self.std)  # (N, 3, S, S), float32
+        if self.session is not None:
+            (features,) = self.session.run(None, {"pixels": pixel_values.numpy()})
+            return torch.from_numpy(features)[:, self.first :]
         self.model(pixel_values.to(self.dtype))
         return self.captured.features[:, self.first :]
 

@@ -99,8 +99,8 @@ def save_clip(folder):
 
 def save_random_vlm(path, tokenizer, **sizes):
     torch.manual_seed(0)
-    sizes = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 128, **sizes}
-    model = MiniMindVLM(LMConfig(**sizes, vision_width=48, image_tokens=5, **tokenizer_fields(tokenizer)))
+    sizes = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 128, "image_tokens": 5, **sizes}
+    model = MiniMindVLM(LMConfig(**sizes, vision_width=48, **tokenizer_fields(tokenizer)))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
@@ -119,7 +119,7 @@ def say(chat, text, seconds=0.0):
         token = script[min(past_key_values.written, len(script) - 1)]
         return CausalLMOutput(logits=F.one_hot(torch.tensor([[token]]), chat.config.vocab_size) * 100.0)
 
-    chat.model.forward = forward
+    chat.model.forward, chat.session = forward, None
     return script
 
 

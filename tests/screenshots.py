@@ -16,7 +16,7 @@ SAMPLE = "左上角大红色星形_中间小黑色三角形_左下角小黑色�
 def main():
     app = create_app("--demo")
     pause = [0.0]  # before each step of the model: a demo token takes 2 ms, too fast for a picture
-    app.chat.model.register_forward_pre_hook(lambda *_: time.sleep(pause[0]))
+    app.chat.model.tok_embeddings.register_forward_pre_hook(lambda *_: time.sleep(pause[0]))
     FOLDER.mkdir(exist_ok=True)
     with serving(app) as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)

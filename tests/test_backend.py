@@ -126,7 +126,7 @@ def test_an_engine_that_stops_in_the_middle_is_an_error(engine):
         written.append(1)
         assert len(written) < 5, "the engine of the test breaks here"
 
-    engine.chat.model.register_forward_pre_hook(fail)
+    engine.chat.model.tok_embeddings.register_forward_pre_hook(fail)
     with serving(engine) as address, serving(create_app("--backend", f"{address}/v1")) as front:
         client = openai.OpenAI(base_url=f"{front}/v1", api_key="none", max_retries=0)
         stream = client.chat.completions.create(model="64_vlm_sft", messages=question("？"), stream=True, seed=1)

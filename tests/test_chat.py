@@ -1,24 +1,33 @@
 """Answers: streamed, batched and scored; where the model looked; and what is refused."""
 
 import json
+import sys
 import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, say
-from transformers import StaticCache, TextIteratorStreamer
+from helpers import ROOT, save_random_vlm, say
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    StaticCache,
+    TextIteratorStreamer,
+)
 
 from dataset.records import make_record
 from model.chat import Chat
 from model.checkpoint import load_tokenizer
 from model.conversation import as_conversation, encode, pad_left
-from model.cpu_speed import RowLinear, matvec, sliced_bmm
-from model.decoder import Decoder, GraphDecoder
+from model.decoder import Decoder, GraphDecoder, OnnxDecoder
 from model.errors import BadInput
 from model.generate import until_stop
 from model.model_vlm import find_placeholders
+from model.onnx_graphs import vision_graph
 from model.score import score
+from model.vision_utils import load_vision
 
 GREEDY = {"temperature": 0}
 
@@ -218,16 +227,75 @@ def test_attention_is_that_of_the_softmax(chat, pictures):
         assert torch.allclose(shares[:, :, number], rows[:, :, start : start + 5], atol=1e-5)
 
 
-def test_int8_is_close_and_smaller(chat, weights, tiny_clip, pictures):
-    small = Chat(weights, tiny_clip, ROOT / "model" / "demo", int8=True)
-    prompt = ids_of(chat, "颜色？", pictures[:1])
-    with torch.no_grad():
-        exact, rounded = (one.model(prompt, one.encode_images(pictures[:1])).logits for one in (chat, small))
-    assert F.cosine_similarity(exact.flatten(), rounded.flatten(), dim=0) > 0.98
-    assert not torch.equal(exact, rounded)
-    sizes = [sum(p.numel() for n, p in one.model.named_parameters() if "embed" not in n) for one in (chat, small)]
-    assert sizes[1] < sizes[0] / 20  # only the norms are still float
-    assert list(small.stream("颜色？", pictures[:1], max_new_tokens=5, **GREEDY))
+@torch.inference_mode()
+def scores_of_steps(chat, decoder, pictures):
+    """Scores of the next token after two questions of different length, and after each of eight tokens more."""
+    texts = ("?", "左上角是什么颜色?")
+    input_ids, mask = pad_left([ids_of(chat, text, pictures[:1])[0].tolist() for text in texts])
+    scores = [decoder.prompt(input_ids, chat.encode_images(pictures[:2]), mask).clone()]
+    for token in range(40, 48):
+        scores.append(decoder.step(torch.tensor([[token], [token + 9]])).clone())
+    return torch.stack(scores)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"qk_norm": True}, {"n_heads": 2, "n_kv_heads": 1, "head_dim": 64}], ids=str)
+def test_onnx_runtime_scores_as_pytorch_does(tokenizer, tiny_clip, pictures, tmp_path, sizes):
+    chat = Chat(save_random_vlm(tmp_path / "vlm.pth", tokenizer, **sizes), tiny_clip, ROOT / "model" / "demo")
+    assert isinstance(chat.new_decoder(1, 9), OnnxDecoder)
+    expected = scores_of_steps(chat, Decoder(chat.model, 2, 100), pictures)
+    torch.testing.assert_close(
+        scores_of_steps(chat, chat.new_decoder(2, 100), pictures), expected, atol=1e-4, rtol=1e-4
+    )
+
+    # and in 8 bits, which are close
+    small = Chat(tmp_path / "vlm.pth", tiny_clip, ROOT / "model" / "demo", int8=True)
+    rounded = scores_of_steps(small, small.new_decoder(2, 100), pictures)
+    assert not torch.equal(rounded, expected)
+    assert F.cosine_similarity(rounded.flatten(), expected.flatten(), dim=0) > 0.99
+
+
+def save_encoder(folder, **changes):
+    sizes = dict(
+        hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=64, patch_size=32
+    )
+    kind, config = (
+        (SiglipVisionModel, SiglipVisionConfig) if "vision_use_head" in changes else (CLIPVisionModel, CLIPVisionConfig)
+    )
+    kind(config(**sizes, **changes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("changes", [{}, {"hidden_act": "gelu"}, {"vision_use_head": False}], ids=str)
+def test_an_encoder_s_graph_gives_its_features(tmp_path, changes):
+    encoder = load_vision(save_encoder(tmp_path / "encoder", **changes))
+    pixels = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    expected = encoder(pixels)
+    encoder.session = vision_graph(encoder.model).session()
+    torch.testing.assert_close(encoder(pixels), expected, atol=1e-5, rtol=1e-4)
+    encoder.session = vision_graph(encoder.model, int8=True).session()
+    rounded = encoder(pixels)
+    assert not torch.equal(rounded, expected)
+    assert F.cosine_similarity(rounded.flatten(), expected.flatten(), dim=0) > 0.999
+
+
+def test_without_onnx_runtime_pytorch_answers_and_8_bits_say_what_is_missing(
+    chat, weights, tiny_clip, pictures, monkeypatch
+):
+    expected = list(chat.stream("颜色？", pictures[:1], max_new_tokens=20, **GREEDY))
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    other = Chat(weights, tiny_clip, ROOT / "model" / "demo")
+    assert type(other.new_decoder(1, 9)) is Decoder
+    assert list(other.stream("颜色？", pictures[:1], max_new_tokens=20, **GREEDY)) == expected
+    with pytest.raises(BadInput, match="--quantize int8 needs ONNX Runtime: pip install onnxruntime onnx"):
+        Chat(weights, tiny_clip, ROOT / "model" / "demo", int8=True)
+
+
+def test_experts_answer_by_pytorch_and_not_in_8_bits(tokenizer, tiny_clip, pictures, tmp_path):
+    weights = save_random_vlm(tmp_path / "moe.pth", tokenizer, use_moe=True)
+    chat = Chat(weights, tiny_clip, ROOT / "model" / "demo")
+    assert list(chat.stream("颜色？", pictures[:1], max_new_tokens=5, **GREEDY))
+    with pytest.raises(BadInput, match="experts"):
+        Chat(weights, tiny_clip, ROOT / "model" / "demo", int8=True)
 
 
 def test_refusals(chat, weights, tiny_clip, tokenizer, pictures, tmp_path):
@@ -328,15 +396,3 @@ def test_a_long_question_leaves_the_other_answers_of_its_batch_as_they_are(chat,
     assert chat.answer_all(prompts, features) == alone
     written = [len(chat.tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in alone]
     assert written[2] <= 128 - len(prompts[2]) < min(written[:2])
-
-
-@pytest.mark.parametrize("kernel", [matvec, sliced_bmm])
-def test_each_kernel_for_a_row_is_a_linear_layer(kernel):
-    """Of any number of dimensions: an expert gets its tokens as (1, D), attention as (1, 1, D)."""
-    layer = torch.nn.Linear(24, 16, bias=False)
-    for shape in ((24,), (1, 24), (1, 1, 24), (2, 24)):
-        x = torch.randn(shape)
-        expected = layer(x)
-        layer.__class__, layer.kernel = RowLinear, kernel
-        torch.testing.assert_close(layer(x), expected)
-        layer.__class__ = torch.nn.Linear

@@ -9,7 +9,7 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-from helpers import ROOT, data_url, formula_file, part, question, run, run_python
+from helpers import ROOT, data_url, formula_file, part, question, run, run_python, save_random_vlm
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, pipeline
 
@@ -105,6 +105,30 @@ def test_a_llava_of_others_is_refused(export, tmp_path):
     safetensors.torch.save_file(tensors, folder / "model.safetensors")
     code, _, err = run_python("-m", "model.export", "--reverse", folder, tmp_path / "back.pth")
     assert code == 1 and "is a LLaVA whose projector has two layers" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"qk_norm": True}, {"projector": "mlp"}, {"drop_class_token": True, "image_tokens": 4}, {"vision_bias": True}],
+    ids=str,
+)
+def test_onnx_runtime_alone_answers_in_an_exported_folder(export, tokenizer, tiny_clip, pictures, tmp_path, sizes):
+    source = save_random_vlm(tmp_path / "vlm.pth", tokenizer, **sizes)
+    folder = export("--format", "onnx", source=source)
+    for name in ("torch", "transformers"):  # whoever imports them fails
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')")
+    chat = Chat(source, tiny_clip, ROOT / "model" / "demo")
+    for picture in pictures[:2]:
+        ask = (sys.executable, folder / "ask.py", picture, "什么颜色？ </s>")
+        code, out, err = run(*ask, cwd=tmp_path, PYTHONPATH=str(tmp_path), PYTHONUTF8="1")
+        expected = "".join(chat.stream("什么颜色？ </s>", [picture], temperature=0))
+        assert code == 0 and out == f"{expected}\n" and len(expected) > 3, err
+    assert "ask.py" in (folder / "README.md").read_text(encoding="utf-8")
+    whole = sum(file.stat().st_size for file in folder.iterdir())
+    folder = export("--format", "onnx-int8", source=source)
+    code, out, err = run(*ask, cwd=tmp_path, PYTHONPATH=str(tmp_path), PYTHONUTF8="1")
+    assert code == 0 and out.strip(), err
+    assert sum(file.stat().st_size for file in folder.iterdir()) < whole * 0.7
 
 
 def test_the_exported_model_batches_and_takes_pixels_or_features(export, chat, pictures):

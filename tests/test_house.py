@@ -10,7 +10,7 @@ HOUSE = """
     model.errors model.files model.LMConfig model.model model.model_vlm model.conversation model.images model.layouts
     model.llava model.vision_utils model.checkpoint
     dataset.records dataset.parquet dataset.pictures dataset.source dataset.dataset dataset.batches
-    model.decoder model.generate model.cpu_speed model.chat model.score model.stages model.arguments model.hf model.export model.doctor
+    model.decoder model.generate model.onnx_graphs model.chat model.score model.stages model.arguments model.hf model.onnx_export model.export model.doctor
     dataset.check dataset.convert dataset.demo
     model.demo.make_tokenizer model.demo.make_llm model.demo.make_clip
     model.training.distributed model.training.logs model.training.stats model.training.feature_cache model.training.graphs

@@ -40,6 +40,8 @@ NOT_RUN = {
     "python -m pytest tests": "this is it",
     "hf download": "a download",
     "git": "a download",
+    "vllm serve": "takes gigabytes; tests/engines runs it",
+    "python web_server.py --backend": "needs an engine; test_backend.py and tests/engines have one",
     "cp -r ../minimind-v1": "out of a download",
     "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1": "for several machines; test_resume.py runs two of them",
     "torchrun --nnodes 2": "needs two machines; test_resume.py runs two on one",
@@ -313,7 +315,8 @@ FOREIGN = {
     "--index-url",
     "--threads",
     "--max-restarts",
-}  # argparse's, hf's, pip's, gunicorn's, torchrun's
+    "--max-model-len",
+}  # argparse's, hf's, pip's, gunicorn's, torchrun's, vLLM's
 
 
 @pytest.mark.parametrize("name", READMES)
