@@ -10,6 +10,8 @@ is the identity over SCALE. A power of two changes no digit, so that the way bac
     the CLIP's tensors           vision_tower.vision_model.*
 """
 
+import copy
+
 import torch
 from transformers import LlavaConfig
 
@@ -43,7 +45,7 @@ def llava_config(config, encoder, image_token_id, **extras):
     """The `LlavaConfig` of a model; `extras` are kept in its config.json, for the way back."""
     return LlavaConfig(
         text_config=transformers_config(config),
-        vision_config=encoder.model.config,
+        vision_config=copy.deepcopy(encoder.model.config),  # transformers resets how one that it is given attends
         image_token_index=image_token_id,
         image_seq_length=config.image_tokens,
         projector_hidden_act="tanh",

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/bench_decode.py                          # 512+8, on the GPU if there is one
     python tests/benchmarks/bench_decode.py --dim 768 --n_layers 16 --device cpu
+    python tests/benchmarks/bench_decode.py --device cpu --beside llama.cpp   # pip install -r tests/benchmarks/requirements.txt
 
 In a temporary folder it makes a random ViT-B/32, a tokenizer of 6,400 tokens and random weights. Every manner writes 128
 tokens, greedily, after the same question about one picture; of five runs the fastest counts. The last line is JSON: its roof
@@ -14,27 +15,34 @@ streaming alone, on a GPU without what CUDA itself takes.
     stream        Chat.stream, the picture's way through CLIP included in the time to the first token
     stream int8   the same with --quantize int8
     ... of 8      eight such questions at once, as in scoring, tokens of all of them counted
+
+--beside llama.cpp writes the same weights as GGUF files and has llama.cpp answer, with as many threads, in turns with
+`Chat.stream`. Both get the same token ids: a question of the same length without a picture, as llama.cpp has no CLIP here.
+In these rows "same tokens" are those of "stream, text", and llama.cpp's figures are those that it reports itself.
 """
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
-from made_up import make_files, peak_memory, roofs  # puts the repository on the path
+from made_up import make_files, make_model, peak_memory, roofs  # puts the repository on the path
 from torch import nn
 
 from model.chat import Chat
 from model.checkpoint import load_tokenizer, save_weights
 from model.conversation import as_conversation, tokenizer_fields
+from model.errors import BadInput, run_script
 from model.LMConfig import LMConfig
-from model.model_vlm import MiniMindVLM
 
 TOKENS = 128
 QUESTION = "bado nu kipa?"
+TEXT_QUESTION = "." * 50 + "\n" + QUESTION  # as many tokens as with a picture's 50: this tokenizer joins no dots
 
 
 class CatCache:
@@ -94,8 +102,9 @@ def no_end(chat):
     chat.config.eos_token_id = eos
 
 
-def stream(chat, pixels, tokens=TOKENS):
-    answer = chat.stream(QUESTION, [pixels], max_new_tokens=tokens, temperature=0)
+def stream(chat, pixels, tokens=TOKENS, question=QUESTION):
+    images = [] if pixels is None else [pixels]
+    answer = chat.stream(question, images, max_new_tokens=tokens, temperature=0)
     with no_end(chat):
         list(answer.tokens())
     return answer.token_ids, answer.tokens_per_second, answer.first_token_seconds
@@ -114,20 +123,41 @@ def plain_layers(chat):
     return chat
 
 
+def beside_llama_cpp(folder, chat, int8_chat):
+    """Rows of `Chat.stream` and of llama.cpp after a question without a picture; of five answers, in turns, the fastest."""
+    import llama_cpp  # with packages that nothing else here needs
+
+    ids = chat.encode_prompt(as_conversation(TEXT_QUESTION, 0, chat.config))[0].tolist()
+    runs = {
+        "stream, text": partial(stream, chat, None, question=TEXT_QUESTION),
+        "stream int8, text": partial(stream, int8_chat, None, question=TEXT_QUESTION),
+    }
+    for name in llama_cpp.TYPES:
+        server = llama_cpp.serve(folder / f"{name}.gguf", chat.model, name)
+        runs[f"llama.cpp {name}"] = partial(llama_cpp.answer, server, ids, TOKENS)
+    rounds = [{label: run() for label, run in runs.items()} for _ in range(5)]
+    return {label: max((each[label] for each in rounds), key=lambda result: result[1]) for label in runs}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--n_layers", type=int, default=8)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--beside", choices=["llama.cpp"], help="also the same model in another engine")
     args = parser.parse_args()
+    if args.beside and (args.device, args.dtype) != ("cpu", "float32"):
+        raise BadInput(f"--beside {args.beside} compares float32 and 8 bits on a CPU: use --device cpu --dtype float32")
+    if args.beside and not all(map(importlib.util.find_spec, ("gguf", "xllamacpp"))):
+        raise BadInput(f"--beside {args.beside} needs two packages: pip install -r tests/benchmarks/requirements.txt")
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_files(folder, 1)
         tokenizer = load_tokenizer(folder / "tokenizer")
         config = LMConfig(dim=args.dim, n_layers=args.n_layers, **tokenizer_fields(tokenizer))
-        save_weights(folder / "weights.pth", MiniMindVLM(config), tokenizer)
+        save_weights(folder / "weights.pth", make_model(config), tokenizer)
 
         def load(**options):
             chat = Chat(
@@ -157,12 +187,15 @@ def main():
         _, copy = roofs(args.device, chat.dtype)
         if args.device == "cpu" and args.dtype == "float32":
             rows["stream int8"] = best(stream, load(int8=True), pixels)
+        beside = beside_llama_cpp(folder, load(), load(int8=True)) if args.beside else {}
+    rows |= beside
     base_ids, base_rate, _ = rows["plain loop"]
-    print(f"{'manner':<16}{'tokens/s':>10}{'ratio':>8}{'first token':>14}{'same tokens':>14}")
+    print(f"{'manner':<20}{'tokens/s':>10}{'ratio':>8}{'first token':>14}{'same tokens':>14}")
     for label, (ids, rate, first) in rows.items():
-        same = sum(a == b for a, b in zip(ids, base_ids, strict=True)) / TOKENS
+        expected = beside["stream, text"][0] if label in beside else base_ids
+        same = sum(a == b for a, b in zip(ids, expected, strict=True)) / TOKENS
         first = f"{first * 1000:.0f} ms" if first else ""
-        print(f"{label:<16}{rate:>10.1f}{rate / base_rate:>8.2f}{first:>14}{same:>14.0%}")
+        print(f"{label:<20}{rate:>10.1f}{rate / base_rate:>8.2f}{first:>14}{same:>14.0%}")
     result = {
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
@@ -174,8 +207,14 @@ def main():
         "first_token_ms": {label: round(first * 1000) for label, (_, _, first) in rows.items() if first},
         "peak_mb": round(peak / 1e6),
     }
+    if beside:
+        rates = result["tokens_per_s"]
+        result["ratio_to_llama_cpp"] = {
+            "float32": round(rates["stream, text"] / rates["llama.cpp float32"], 2),
+            "8 bits": round(rates["stream int8, text"] / rates["llama.cpp Q8_0"], 2),
+        }
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

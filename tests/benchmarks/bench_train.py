@@ -2,6 +2,7 @@
 
     python tests/benchmarks/bench_train.py                                   # 512+8, captions, on the GPU if there is one
     python tests/benchmarks/bench_train.py --baseline                        # and the same work in the original's manner
+    python tests/benchmarks/bench_train.py --beside transformers             # and by transformers' LLaVA
     python tests/benchmarks/bench_train.py --cache_features --stage sft --dim 768 --n_layers 16
 
 In a temporary folder it makes a random ViT-B/32, JPEGs of 128x128 and records of as many tokens as the real ones, then lets
@@ -14,6 +15,10 @@ twice that backward; CLIP forward only. The roof is a product of 4,096 x 4,096 m
 --baseline does what the original did: every sample padded to 512 tokens; one float32 CLIP forward a picture, with pooling and
 with the text tower loaded; the placeholder sought by comparing every window of 50 tokens, twice; the loss computed twice over
 all positions; AdamW not fused. The language model itself is the same, so that what the baseline lacks is only that.
+
+--beside transformers trains transformers' own LlavaForConditionalGeneration from the same weights on the same batches, step by
+step in turns with the trainer, with the same frozen CLIP, AdamW, learning rates and clipping of gradients, so that both have the
+same losses. In bfloat16 both keep the trained weights in float32 and use autocast. Its batches are made before its time is taken.
 """
 
 import argparse
@@ -26,8 +31,10 @@ import torch
 import torch.nn.functional as F
 from made_up import device_name, make_files, peak_memory, roofs, synchronize  # puts the repository on the path
 from transformers import CLIPConfig, CLIPModel
+from transformers_llava import Llava
 
 from model.arguments import add_training_arguments, pick_dtype
+from model.errors import BadInput, run_script
 from model.images import normalise
 from model.training.distributed import Processes, Stop
 from model.training.feature_cache import open_cache
@@ -158,6 +165,33 @@ def original(args, model, encoder, dataset, batches):
     return time.perf_counter() - begun
 
 
+def beside_transformers(args, run):
+    """What the same steps cost the trainer and transformers' LLaVA, in turns, and how far their losses differ."""
+    llava, stop, laps = Llava(run), Stop(quiet=True), Laps(args.device)
+    ours, theirs = laps.wrap("ours", run.train_step), laps.wrap("transformers", llava.train_step)
+    steps = chunked(iter(run.loader), run.sampler.micro_batches)
+    run.sampler.begin(0)
+    run.wrapped_model.train()
+    samples, losses = 0, []
+    for number in range(args.warm_up + args.steps):
+        if number == args.warm_up:
+            samples, laps.seconds = 0, {}
+        batches = next(steps)
+        samples += sum(len(batch["input_ids"]) for batch in batches)
+        answer_tokens = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+        inputs = [llava.inputs(batch) for batch in batches]
+        ours(batches, stop)
+        their_loss = theirs(inputs, answer_tokens).item()
+        losses.append((run.stats.collect(run.processes)["loss"], their_loss))
+    stop.restore()
+    return {
+        "samples_per_s": {name: round(samples / seconds, 2) for name, seconds in laps.seconds.items()},
+        "ratio": round(laps.seconds["transformers"] / laps.seconds["ours"], 2),
+        "last_losses": [round(loss, 5) for loss in losses[-1]],
+        "largest_loss_difference": float(f"{max(abs(a - b) for a, b in losses):.1e}"),
+    }
+
+
 def measure(args, run, dataset, roof):
     """A dictionary of what a run's steps cost. roof: FLOP/s and bytes/s that this machine can do at best."""
     if args.device.startswith("cuda"):
@@ -202,11 +236,18 @@ def parse(flags=None):
     parser.add_argument("--warm_up", type=int, default=3, help="steps before them")
     parser.add_argument("--lap_steps", type=int, default=5, help="steps after them, in which each part is timed")
     parser.add_argument("--baseline", action="store_true", help="also do the same work in the original's manner")
+    parser.add_argument("--beside", choices=["transformers"], help="also train the same model with another library")
     return parser.parse_args(flags)
 
 
 def main():
     args = parse()
+    is_float16 = pick_dtype(args.dtype, args.device) == torch.float16
+    if args.beside and (args.use_moe or args.projector == "mlp" or args.cache_features or is_float16):
+        raise BadInput(
+            f"--beside {args.beside} compares dense models with a linear projector, from pictures, in float32 or bfloat16: "
+            "leave out --use_moe, --projector mlp, --cache_features and --dtype float16"
+        )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         batch_size = args.batch_tokens // 80 if args.batch_tokens else args.batch_size
@@ -220,22 +261,25 @@ def main():
             places = {"folder": folder / "out" / "features", "vision_path": args.vision_path}
             cache = open_cache(dataset, parts.encoder, processes, **places, num_workers=args.num_workers)
             dataset.use_features(cache)
-        run = Run(
-            args=args,
-            stage=args.stage,
-            processes=processes,
-            parts=parts,
-            dataset=dataset,
-            weights_file=folder / "out" / "weights.pth",
-        )
+        settings = {
+            "args": args,
+            "stage": args.stage,
+            "processes": processes,
+            "parts": parts,
+            "dataset": dataset,
+            "weights_file": folder / "out" / "weights.pth",
+        }
+        run = Run(**settings)
         result = measure(args, run, dataset, roofs(args.device, run.dtype))
         if args.baseline:
             batches = list(run.sampler)[: args.steps]
             seconds = original(args, parts.model, parts.encoder, dataset, batches)
             result["baseline_samples_per_s"] = round(sum(map(len, batches)) / seconds, 2)
             result["ratio"] = round(result["samples_per_s"] / result["baseline_samples_per_s"], 2)
+        if args.beside:
+            result["beside_transformers"] = beside_transformers(args, Run(**settings))  # with an optimizer of its own
     print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

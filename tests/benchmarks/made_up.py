@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 from dataset import demo
 from dataset.records import make_record
 from model.conversation import encode
+from model.model_vlm import MiniMindVLM
 
 
 def words(rng, count):
@@ -57,6 +58,19 @@ def make_tokenizer(folder):
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     fast.save_pretrained(folder)
     return fast
+
+
+@torch.no_grad()
+def make_model(config):
+    """A random `MiniMindVLM`, its matrices three times as large as fresh ones.
+
+    Fresh ones find the token that they have just read the likeliest, over and over, whatever the engine gets wrong.
+    """
+    model = MiniMindVLM(config)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.mul_(3)
+    return model
 
 
 def make_records(file, tokenizer, stage, pictures, repeat=1):

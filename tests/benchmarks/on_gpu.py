@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from bench_decode import best, generate, no_end, stream
 from bench_train import measure, original, parse
-from made_up import ROOT, device_name, make_files, make_records, roofs, synchronize  # puts the repository on the path
+from made_up import ROOT, device_name, make_files, make_model, make_records, roofs, synchronize  # sets sys.path
 from transformers import CLIPVisionConfig
 
 from dataset import demo
@@ -134,14 +134,10 @@ class Bench:
         )
 
     def chat(self, dtype, **sizes):
-        """A random model that answers. Its matrices are large enough for answers not to hang on rounding."""
+        """A random model that answers."""
         encoder = self.encoder(device="cpu")
         torch.manual_seed(0)
-        model = MiniMindVLM(self.config(encoder, **sizes))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 2:
-                    parameter.mul_(3)
+        model = make_model(self.config(encoder, **sizes))
         save_weights(self.folder / "weights.pth", model, self.tokenizer)
         places = self.folder / "weights.pth", self.folder / "clip", self.folder / "tokenizer"
         return Chat(*places, self.device, DTYPES[dtype])
