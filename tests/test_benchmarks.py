@@ -4,16 +4,14 @@ import importlib.util
 import sys
 
 import pytest
-import torch
 from helpers import ROOT, run_python
 from transformers import CLIPVisionConfig
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 
 from bench_train import beside_transformers, parse
-from made_up import make_files, make_model
+from made_up import make_files
 
-from model.LMConfig import LMConfig
 from model.training.distributed import Processes
 from model.training.trainer import Run, prepare
 
@@ -32,24 +30,6 @@ def test_transformers_llava_has_the_losses_of_the_trainer_step_by_step(tmp_path,
     result = beside_transformers(args, Run(args=args, weights_file=tmp_path / "weights.pth", **options))
     assert result["largest_loss_difference"] < most
     assert min(result["samples_per_s"].values()) > 0
-
-
-@pytest.mark.skipif(not importlib.util.find_spec("xllamacpp"), reason="needs tests/benchmarks/requirements.txt")
-@pytest.mark.parametrize("tied", [True, False])
-def test_llama_cpp_writes_the_tokens_of_the_model(tmp_path, tied):
-    import llama_cpp
-
-    torch.manual_seed(0)
-    config = LMConfig(dim=256, n_layers=4, vocab_size=300, tie_word_embeddings=tied)
-    model = make_model(config).eval()
-    prompt = torch.randint(3, 300, (1, 40))
-    expected = model.generate(prompt, max_new_tokens=32, min_new_tokens=32, do_sample=False)[0, 40:].tolist()
-    server = llama_cpp.serve(tmp_path / "model.gguf", model, "float32")
-    ids, rate, first = llama_cpp.answer(server, prompt[0].tolist(), 32)
-    assert ids == expected
-    assert len(set(ids)) > 8  # no token over and over
-    assert rate > 0
-    assert first > 0
 
 
 @pytest.mark.skipif(importlib.util.find_spec("xllamacpp"), reason="the packages are there")

@@ -12,8 +12,9 @@ streaming alone, on a GPU without what CUDA itself takes.
     no cache      a forward over everything for every token
     plain loop    as one writes it first: a forward per token, its cache made anew by `cat` for every token
     generate      transformers' own, with its default cache
-    stream        Chat.stream, the picture's way through CLIP included in the time to the first token
-    stream int8   the same with --quantize int8
+    stream        Chat.stream, the picture's way through CLIP included in the time to the first token; on a CPU by ONNX
+                  Runtime where it is installed, and once more by PyTorch
+    stream int8   the same with --quantize int8, for which ONNX Runtime is needed
     ... of 8      eight such questions at once, as in scoring, tokens of all of them counted
 
 --beside llama.cpp writes the same weights as GGUF files and has llama.cpp answer, with as many threads, in turns with
@@ -32,7 +33,6 @@ from pathlib import Path
 
 import torch
 from made_up import make_files, make_model, peak_memory, roofs  # puts the repository on the path
-from torch import nn
 
 from model.chat import Chat
 from model.checkpoint import load_tokenizer, save_weights
@@ -115,14 +115,6 @@ def best(run, *inputs, times=5):
     return max((run(*inputs) for _ in range(times)), key=lambda result: result[1])
 
 
-def plain_layers(chat):
-    """Takes Chat's own linear layers out again."""
-    for module in chat.model.modules():
-        if isinstance(module, nn.Linear):
-            module.__class__ = nn.Linear
-    return chat
-
-
 def beside_llama_cpp(folder, chat, int8_chat):
     """Rows of `Chat.stream` and of llama.cpp after a question without a picture; of five answers, in turns, the fastest."""
     import llama_cpp  # with packages that nothing else here needs
@@ -149,8 +141,8 @@ def main():
     args = parser.parse_args()
     if args.beside and (args.device, args.dtype) != ("cpu", "float32"):
         raise BadInput(f"--beside {args.beside} compares float32 and 8 bits on a CPU: use --device cpu --dtype float32")
-    if args.beside and not all(map(importlib.util.find_spec, ("gguf", "xllamacpp"))):
-        raise BadInput(f"--beside {args.beside} needs two packages: pip install -r tests/benchmarks/requirements.txt")
+    if args.beside and not all(map(importlib.util.find_spec, ("gguf", "xllamacpp", "onnxruntime", "onnx"))):
+        raise BadInput(f"--beside {args.beside} needs packages: pip install -r tests/benchmarks/requirements.txt")
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -178,14 +170,16 @@ def main():
         input_ids = chat.encode_prompt(as_conversation(QUESTION, 1, chat.config))
         rows = {"stream": best(stream, chat, pixels)}
         peak = peak_memory(args.device)
-        plain_layers(chat)
+        if chat.session is not None:
+            chat.session = None
+            rows["stream, PyTorch"] = best(stream, chat, pixels)
         for manner in (no_cache, plain_loop, generate):
             rows[manner.__name__.replace("_", " ")] = best(manner, chat, input_ids, features)
         eight = input_ids.expand(8, -1), features.expand(8, -1, -1)
         rows["generate of 8"] = best(generate, chat, *eight)
         read = sum(weights.nbytes for weights in chat.model.parameters()) - chat.model.tok_embeddings.weight.nbytes
         _, copy = roofs(args.device, chat.dtype)
-        if args.device == "cpu" and args.dtype == "float32":
+        if "stream, PyTorch" in rows:
             rows["stream int8"] = best(stream, load(int8=True), pixels)
         beside = beside_llama_cpp(folder, load(), load(int8=True)) if args.beside else {}
     rows |= beside

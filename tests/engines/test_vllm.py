@@ -2,7 +2,7 @@
 
 Not part of the other tests, as vLLM takes gigabytes: see requirements.txt beside this file, then
 
-    python -m pytest -n 0 tests/engines
+    python -m pytest -n 0 tests/engines/test_vllm.py
 """
 
 import http.client
