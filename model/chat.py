@@ -85,6 +85,8 @@ class Chat:
         on_cpu = self.device.type == "cpu" and dtype == torch.float32 and not self.config.use_moe
         if int8 or (on_cpu and has_runtime()):
             self.session = language_graph(self.model, int8).session()
+        elif on_cpu:
+            self.summary += "\nanswers come faster on a CPU after: pip install onnxruntime onnx"
 
         # on a GPU a step is one captured graph, which one answer at a time can use
         self.graph = None

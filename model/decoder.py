@@ -185,6 +185,7 @@ class OnnxDecoder(Decoder):
 
     def run(self, embeddings, last):
         """embeddings (B, T, D), last (B,) -> logits (B, vocab_size)."""
+        embeddings = embeddings.float()
         self.bind("bind_input", "embeddings", embeddings)
         self.bind("bind_input", "last", last)
         self.session.run_with_iobinding(self.binding)

@@ -252,6 +252,9 @@ def test_onnx_runtime_scores_as_pytorch_does(tokenizer, tiny_clip, pictures, tmp
     rounded = scores_of_steps(small, small.new_decoder(2, 100), pictures)
     assert not torch.equal(rounded, expected)
     assert F.cosine_similarity(rounded.flatten(), expected.flatten(), dim=0) > 0.99
+    assert list(small.stream("颜色？", pictures[:1], max_new_tokens=5, **GREEDY))
+    half = Chat(tmp_path / "vlm.pth", tiny_clip, ROOT / "model" / "demo", dtype=torch.bfloat16, int8=True)
+    assert list(half.stream("颜色？", pictures[:1], max_new_tokens=5, **GREEDY))
 
 
 def save_encoder(folder, **changes):
@@ -285,6 +288,8 @@ def test_without_onnx_runtime_pytorch_answers_and_8_bits_say_what_is_missing(
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     other = Chat(weights, tiny_clip, ROOT / "model" / "demo")
     assert type(other.new_decoder(1, 9)) is Decoder
+    hint = "answers come faster on a CPU after: pip install onnxruntime onnx"
+    assert hint in other.summary and hint not in chat.summary
     assert list(other.stream("颜色？", pictures[:1], max_new_tokens=20, **GREEDY)) == expected
     with pytest.raises(BadInput, match="--quantize int8 needs ONNX Runtime: pip install onnxruntime onnx"):
         Chat(weights, tiny_clip, ROOT / "model" / "demo", int8=True)

@@ -62,6 +62,7 @@ MADE = (
     "model/clip_model/clip-",
     "../minimind-v1",
     "curves.png",
+    "my-onnx/",
 )
 
 
