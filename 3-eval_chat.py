@@ -10,8 +10,10 @@ python 3-eval_chat.py --score FILE --images_path FOLDER     # exact match on a l
 import argparse
 import contextlib
 import os
+import random
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 
 from dataset import demo
@@ -19,6 +21,7 @@ from model.arguments import add_chat_arguments, add_model_arguments, add_switch,
 from model.errors import BadInput, run_script
 from model.files import in_repository
 from model.generate import SETTINGS
+from model.images import to_pixels
 from model.score import read_questions, score
 from model.stages import DEMO_ANSWERING, STAGES
 
@@ -26,6 +29,7 @@ from model.stages import DEMO_ANSWERING, STAGES
 DEMO_SCORES = {False: ("heldout", "unseen"), True: ("multi", "clips", "clips_shuffled")}
 HELP = """\
 /image FILE ...    show these pictures or videos: paths, or numbers from the list
+/draw THINGS       draw a picture: /draw 红色 星形 左上角, small blue circle middle
 /clear             drop the pictures and pick again
 /set NAME VALUE    one of {settings}; without a name, show them
 /help  /exit       this text; leave (or Ctrl-D)
@@ -45,7 +49,13 @@ class Terminal:
         self.available = sorted(file for file in folder.iterdir() if file.suffix != ".json")
         self.pixels = []
         self.picking = True  # the next line names pictures
-        self.commands = {"/image": self.pick, "/clear": self.clear, "/set": self.set, "/help": self.help}
+        self.commands = {
+            "/image": self.pick,
+            "/draw": self.draw,
+            "/clear": self.clear,
+            "/set": self.set,
+            "/help": self.help,
+        }
 
     def run(self):
         """Reads and answers until `/exit` or the end of the input."""
@@ -115,6 +125,16 @@ class Terminal:
             for file, frames in zip(files, seen, strict=True)
         ]
         print(f"showing {' and '.join(names) or 'no picture'}: ask a question")
+
+    def draw(self, text):
+        """Draws what a line describes, in the demo's way, and shows it to the model."""
+        scene = demo.read_scene(text)
+        picture = demo.draw(scene, random.Random(text))
+        file = Path(tempfile.gettempdir()) / "minimind-v-drawing.png"
+        picture.save(file)
+        self.pixels = [to_pixels(picture, self.chat.encoder.preprocess)]
+        self.picking = False
+        print(f"drew {'，'.join(''.join(thing) for thing in scene)}, saved as {file}: ask a question")
 
     def set(self, text):
         name, _, value = text.partition(" ")

@@ -18,6 +18,7 @@ import argparse
 import itertools
 import json
 import random
+import re
 import sys
 import zlib
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw
 
 from model.arguments import COUNT, COUNT_OR_NONE, SEED
-from model.errors import run_script
+from model.errors import BadInput, run_script
 from model.files import in_repository
 
 from .records import CAPTION_PROMPT, make_record
@@ -86,6 +87,48 @@ def random_scene(rng, split="train", counts=(1, 2, 2, 3, 3)):
         scene = tuple(random_thing(rng, place, split) for place in places)
         if split_of(scene) == split:
             return scene
+
+
+ENGLISH = """
+    red orange yellow green cyan blue purple black
+    circle square triangle star cross ring
+    big small
+    top left, top right, middle, bottom left, bottom right
+"""
+ENGLISH = dict(zip(re.findall(r"top \w+|bottom \w+|\w+", ENGLISH), [*COLOURS, *SHAPES, *SIZES, *PLACES], strict=True))
+
+
+def read_scene(text):
+    """The scene that words describe, Chinese or English: things between commas, each with a colour and a shape.
+
+    A thing is big where no size is named, and in the first free place, beginning in the middle, where no place is. BadInput
+    says what is missing or not understood.
+    """
+    example = "for example: 红色 星形 左上角, small blue circle middle"
+    scene = []
+    for part in filter(str.strip, re.split("[,，;；、。]", text.lower())):
+        # English words become Chinese ones; then take out each field's word
+        rest = re.sub(r"\b(" + "|".join(ENGLISH) + r")\b", lambda match: ENGLISH[match[0]], part)
+        words = {}
+        for field, known in (("place", PLACES), ("size", SIZES), ("colour", COLOURS), ("shape", SHAPES)):
+            found = [word for word in known if word in rest]
+            if len(found) > 1:
+                raise BadInput(
+                    f"{part.strip()} has two words for its {field}, {' and '.join(found)}: put a comma between things"
+                )
+            words[field] = found[0] if found else None
+            rest = rest.replace(found[0], " ") if found else rest
+        if rest.strip():
+            raise BadInput(f"{rest.strip()} is not a word for a place, size, colour or shape here; {example}")
+        if not (words["colour"] and words["shape"]):
+            raise BadInput(f"{part.strip()} should name a colour and a shape; {example}")
+        free = [place for place in ("中间", *PLACES) if place not in [thing.place for thing in scene]]
+        if (words["place"] or free[0] if free else None) not in free:
+            raise BadInput(f"{part.strip()} has no place of its own: there are {', '.join(PLACES)}, each for one thing")
+        scene.append(Thing(words["place"] or free[0], words["size"] or "大", words["colour"], words["shape"]))
+    if not scene:
+        raise BadInput(f"name what to draw, {example}")
+    return tuple(scene)
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------

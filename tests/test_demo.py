@@ -12,6 +12,7 @@ from model.checkpoint import read_weights
 from model.conversation import tokenizer_fields
 from model.demo.make_clip import WORDS, features_of, numbers
 from model.demo.make_llm import SIZES, score
+from model.errors import BadInput
 from model.LMConfig import LMConfig
 from model.model import MiniMindLM
 from model.vision_utils import load_vision
@@ -22,6 +23,35 @@ FOLDER = ROOT / "model" / "demo"
 def test_shipped_files_are_small():
     files = [FOLDER / name for name in ("model.safetensors", "192_llm.pth", "tokenizer.json")]
     assert sum(file.stat().st_size for file in files) < 10e6
+
+
+def test_a_scene_is_read_from_words():
+    Thing = demo.Thing
+    assert demo.read_scene("红色 星形 左上角, small blue circle middle") == (
+        Thing("左上角", "大", "红色", "星形"),
+        Thing("中间", "小", "蓝色", "圆形"),
+    )
+    assert demo.read_scene("Green RING；大黑色十字形右下角") == (
+        Thing("中间", "大", "绿色", "圆环"),
+        Thing("右下角", "大", "黑色", "十字形"),
+    )
+    assert [thing.place for thing in demo.read_scene("red star, " * 5)] == [
+        "中间",
+        "左上角",
+        "右上角",
+        "左下角",
+        "右下角",
+    ]
+    for text, says in (
+        ("", "name what to draw"),
+        ("pink star", "pink is not a word for a place, size, colour or shape here; for example: 红色 星形"),
+        ("red", "red should name a colour and a shape"),
+        ("red blue star", "red blue star has two words for its colour, 红色 and 蓝色: put a comma between things"),
+        ("red star middle, blue ring middle", "blue ring middle has no place of its own"),
+        ("red star, " * 6, "red star has no place of its own"),
+    ):
+        with pytest.raises(BadInput, match=re.escape(says)):
+            demo.read_scene(text)
 
 
 def test_tokenizer_has_the_published_special_ids(tokenizer):

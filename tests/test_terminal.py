@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from helpers import ROOT, animated, heed_interrupts, run_python, save_random_vlm
 from PIL import Image
@@ -102,6 +103,13 @@ def test_a_talk(screen, pictures, tmp_path):
     assert f"showing {pictures[0].name} and {pictures[1].name}" in screen.until("\n> ")
     screen.type("两张图有什么不同？\n")
     screen.until(r"\[20 tokens.*\]\n\n> ")
+
+    screen.type("/draw small blue star top left, 红色 方形\n")
+    file = re.search(r"drew 左上角小蓝色星形，中间大红色方形, saved as (\S+): ask", screen.until("\n> ")).group(1)
+    drawn = Image.open(file)
+    assert [np.argmax(drawn.getpixel(place)) for place in ((48, 48), (112, 112))] == [2, 0]  # blue, red
+    screen.type("/draw\n")
+    assert "name what to draw, for example: 红色 星形 左上角, small blue circle middle" in screen.until("\n> ")
 
     clip = animated(tmp_path / "clip.webp", [Image.open(path) for path in pictures[:12]])
     screen.type(f"/image {clip} {pictures[1]}\n")
