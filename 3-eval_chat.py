@@ -67,7 +67,7 @@ class Terminal:
             try:
                 line = input("\npicture> " if self.picking else "\n> ").strip()
                 line.encode()
-                if line == "/exit":
+                if line in ("/exit", "/quit"):
                     return
                 self.handle(line)
             except BadInput as problem:

@@ -145,7 +145,7 @@ def create_app(*flags):
     settings = settings_of(args)
     if args.backend:
         app.api = Backend(args.backend, settings)
-        app.summary = f"{app.api.info['model']} answers, at {args.backend}"
+        app.summary = f"relaying to {app.api.info['model']} at {args.backend}"
     else:
         app.chat = load_chat(args)
         app.chat.warm_up()

@@ -23,7 +23,7 @@ from .decoder import Decoder, GraphDecoder, OnnxDecoder
 from .errors import BadInput
 from .generate import SETTINGS, Answer
 from .images import read_frames, read_pixels
-from .onnx_graphs import has_runtime, language_graph, vision_graph
+from .onnx_graphs import has_runtime, language_graph, not_a_graph, vision_graph
 from .vision_utils import has_vision
 
 ROOM_FOR_WORDS = 32  # tokens of a short question and its answer
@@ -79,14 +79,14 @@ class Chat:
             raise BadInput(f"--quantize int8 is for CPUs, and the model is on {device}: use --device cpu")
         if int8 and not has_runtime():
             raise BadInput("--quantize int8 needs ONNX Runtime: pip install onnxruntime onnx")
-        if int8:
-            self.encoder.session = vision_graph(self.encoder.model, int8).session()
-            self.encoder.model = None
-        on_cpu = self.device.type == "cpu" and dtype == torch.float32 and not self.config.use_moe
+        on_cpu = self.device.type == "cpu" and dtype == torch.float32 and not not_a_graph(self.config)
         if int8 or (on_cpu and has_runtime()):
             self.session = language_graph(self.model, int8).session()
         elif on_cpu:
             self.summary += "\nanswers come faster on a CPU after: pip install onnxruntime onnx"
+        if int8:
+            self.encoder.session = vision_graph(self.encoder.model, int8).session()
+            self.encoder.model = None
 
         # on a GPU a step is one captured graph, which one answer at a time can use
         self.graph = None

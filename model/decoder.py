@@ -1,4 +1,4 @@
-"""Decoding: a cache of keys and values, a forward per token, and on a GPU that forward as one captured CUDA graph.
+"""Decoding: a cache of keys and values, a forward per token: on a GPU one captured CUDA graph, on a CPU by ONNX Runtime.
 
 Shapes: B answers written at once, T new tokens, S tokens in the cache, K key/value heads, C width of a head.
 """
@@ -135,9 +135,10 @@ class GraphDecoder(Decoder):
 
 
 class OnnxDecoder(Decoder):
-    """On a CPU: the same by a session of `language_graph`, which works in the memory of the tensors here."""
+    """On a CPU: a step by ONNX Runtime, in a session of `language_graph` that reads and writes these tensors in place."""
 
     def __init__(self, model, batch, length, session):
+        # in place of Decoder's own cache
         self.model = model
         self.config = config = model.config
         self.session = session
@@ -160,7 +161,8 @@ class OnnxDecoder(Decoder):
                 self.bind("bind_output", f"new_{kind}.{number}", values)
         for name, tensor in self.bound.items():
             self.bind("bind_input", name, tensor)
-        self.last_of_one = torch.arange(batch)  # of a step, in which each row has one token
+        # in a step a row has one token, so that its position is the row's number
+        self.last_of_one = torch.arange(batch)
 
     def bind(self, how, name, tensor):
         kind = str(tensor.dtype).removeprefix("torch.")

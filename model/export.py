@@ -73,7 +73,7 @@ pipeline_tag: image-text-to-text
 A tiny vision-language model, made with MiniMind-V: {parameters:,} parameters of language model and projector, which read
 {image_tokens} vectors a picture from a frozen encoder ({encoder}).
 
-```python
+```{language}
 {example}
 ```
 
@@ -105,10 +105,8 @@ print(processor.decode(answer, skip_special_tokens=True))"""
 LLAVA_NOTE = """\
 It is a LLaVA: no code of its own is run, and vLLM serves it (`vllm serve FOLDER --max-model-len {max_seq_len}`)."""
 ONNX_EXAMPLE = """\
-import subprocess
-
 # pip install onnxruntime numpy pillow tokenizers
-subprocess.run(["python", "{name}/ask.py", "picture.png", "描述这张图片。"], check=True)"""
+python {name}/ask.py picture.png 描述这张图片。"""
 ONNX_NOTE = "ONNX Runtime runs it, without PyTorch and transformers; `ask.py` shows how its files work together."
 CODE_NOTE = "`trust_remote_code=True` runs the code in this folder, and nothing else. Use float32 or bfloat16."
 EXAMPLE = """\
@@ -123,13 +121,13 @@ answer = model.generate(**inputs, max_new_tokens=64, do_sample=False)[0, inputs[
 print(processor.decode(answer, skip_special_tokens=True))"""
 
 
-def export(weights, folder, tokenizer_path, vision_path, format=None, with_vision=False):
+def export(weights, folder, tokenizer_path, vision_path, format=None, with_vision=False, fallback=None):
     """Writes the folder, as one of FORMATS; by default as a LLaVA if it can express the model, else with code.
 
-    The encoder in vision_path is copied into a LLaVA, and into a folder with code if `with_vision`. BadInput says what a
-    LLaVA can't express.
+    The encoder in vision_path is copied into a LLaVA, and into a folder with code if `with_vision`. fallback: LMConfig fields
+    for weights without a config. BadInput says what a LLaVA can't express.
     """
-    parts = load_parts(weights, vision_path, tokenizer_path)  # refuses what doesn't fit
+    parts = load_parts(weights, vision_path, tokenizer_path, fallback=fallback)  # refuses what doesn't fit
     config = parts.model.config
     reason = not_a_llava(config, parts.encoder)
     if format == "llava" and reason:
@@ -305,6 +303,7 @@ def write_card(folder, parts, state, metadata, encoder, example, note):
         parameters=count_parameters(state, config),
         image_tokens=config.image_tokens,
         encoder=encoder,
+        language="bash" if example == ONNX_EXAMPLE else "python",
         example=example.format(name=folder.name),
         note=note,
         sizes="\n".join(f"| {field} | {getattr(config, field)} |" for field in shown),
@@ -339,7 +338,8 @@ def main():
     parser.add_argument(
         "--format",
         choices=FORMATS,
-        help="the folder's form (default: llava for what it can express, otherwise code)",
+        help="the folder's form: llava (the default for what it can express), code (the default for the rest), or onnx, "
+        "onnx-int8 for ONNX Runtime without PyTorch",
     )
     parser.add_argument("--with_vision", action="store_true", help="put the encoder into a folder with code, too")
     parser.add_argument(
@@ -348,6 +348,8 @@ def main():
     parser.add_argument("--reverse", action="store_true", help="from a folder back to a .pth file")
     add_path_arguments(parser)
     args = parse_with_demo(parser, {name: DEMO_MODEL[name] for name in ("tokenizer_path", "vision_path")})
+    if args.format and (args.reverse or args.language_model):
+        raise BadInput("--format is for exporting a whole model: leave it out, or --reverse and --language_model")
     if not args.reverse and args.target.suffix == ".pth":
         raise BadInput(f"{args.target} would become a folder: to write the .pth file of a folder, add --reverse")
     try:
@@ -357,7 +359,8 @@ def main():
             export_language_model(args.source, args.target, args.tokenizer_path)
         else:
             paths = args.tokenizer_path, args.vision_path
-            export(args.source, args.target, *paths, args.format, args.with_vision)
+            heads = {name: DEMO_MODEL[name] for name in ("n_heads", "n_kv_heads")} if args.demo else None
+            export(args.source, args.target, *paths, args.format, args.with_vision, heads)
     except OSError as error:
         raise BadInput(f"{error.filename or args.target} could not be written ({error.strerror})") from None
     print(f"wrote {args.target}")

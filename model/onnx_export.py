@@ -5,7 +5,7 @@ python -m model.export out/512_vlm_sft.pth FOLDER --format onnx      # or --form
 vision.onnx           normalised pixels (N, 3, S, S)     ->  image embeddings (N, P, D), encoder and projector in one
 language_model.onnx   embeddings (1, T, D) and a cache   ->  logits (1, vocab_size) of the last token, and the cache
 embeddings.npy        a row of D numbers for each token
-ask.py                the program that shows how they work together
+ask.py                the program that uses them, greedily: python FOLDER/ask.py PICTURE QUESTION
 settings.json         sizes, how pictures become pixels, and the form of a prompt
 """
 
@@ -28,6 +28,9 @@ import onnxruntime
 from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
+MOST_TOKENS = 256  # of an answer
+if len(sys.argv) != 3 or not Path(sys.argv[1]).is_file():
+    sys.exit("usage: python ask.py PICTURE QUESTION, where PICTURE is a file")
 folder = Path(__file__).parent
 settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
 tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -51,7 +54,7 @@ start = settings["picture_at"]
 x[start : start + len(image_embeddings[0])] = image_embeddings[0]
 
 # angles of the rotary embedding, and an empty cache of keys and values, whose shapes the graph names
-length = min(len(ids) + 256, settings["max_seq_len"])
+length = min(len(ids) + MOST_TOKENS, settings["max_seq_len"])
 angles = np.arange(length)[:, None] * settings["rope_theta"] ** (-np.arange(0, settings["head_dim"], 2) / settings["head_dim"])
 inputs = {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)}
 cache = [one.name for one in language_model.get_inputs() if one.name.startswith(("keys", "values"))]
@@ -67,12 +70,12 @@ answer, filled = [], 0
 while filled + len(x) < length:
     filled += len(x)
     inputs |= {"embeddings": x[None], "last": np.array([len(x) - 1])}
-    inputs |= {"lengths": np.array([filled - 1], np.int32), "longest": np.array(filled, np.int32)}
+    inputs |= {"lengths": np.array([filled - 1], np.int32), "longest": np.array(filled, np.int32)}  # GroupQueryAttention's
     for name, value in inputs.items():
         binding.bind_cpu_input(name, value)
     binding.bind_output("logits")
     language_model.run_with_iobinding(binding)
-    token = int(binding.get_outputs()[-1].numpy().argmax())
+    token = int(binding.get_outputs()[-1].numpy().argmax())  # the logits, as they were bound last
     if token == settings["eos_token_id"]:
         break
     answer.append(token)

@@ -1,15 +1,15 @@
-"""Both models as ONNX graphs of a few large operators, which ONNX Runtime runs on CPUs faster than PyTorch runs its many.
+"""Both models as ONNX graphs of a few large operators: on CPUs, ONNX Runtime runs them faster than PyTorch its many small ones.
 
 Optional: `pip install onnxruntime onnx`. A graph is made from a loaded model's own tensors, in a fraction of a second.
 
     language_graph    embeddings (B, T, D) and a cache  ->  logits (B, vocab_size) of each row's last token, and the cache
     vision_graph      normalised pixels (N, 3, S, S)    ->  features (N, P, V)
-    add_projector     and these to embeddings (N, P, D)
+    add_projector     features (N, P, V)                ->  image embeddings (N, P, D)
 
-In 8 bits, numbers of a matrix share a scale: of the language model each 32 of a row, as its time goes into reading them, of
-an encoder, whose time goes into multiplying many rows by them, all of a row. Inputs are rounded as well, but neither biases
-nor norms.
-Shapes: B rows, T tokens, D model width, K key/value heads, C width of a head; S, N, P, V as in vision_utils.py.
+In 8 bits, a language model has a scale for every 32 numbers of a row (its time goes into reading matrices), an encoder one
+for each row (its time goes into multiplying). Inputs are rounded to 8 bits too; biases and norms stay in float32.
+Shapes: B rows, T tokens, D model width, K key/value heads, L columns of the cache, C width of a head; S, N, P, V as in
+vision_utils.py.
 """
 
 import numpy as np
@@ -25,7 +25,7 @@ ACTIVATIONS = {  # of encoders
     "gelu": ("Gelu", {}),
     "gelu_pytorch_tanh": ("Gelu", {"approximate": "tanh"}),
 }
-# operators of ONNX Runtime's own, beside ONNX's
+# ONNX Runtime's own operators (domain com.microsoft)
 FUSED = {
     "DynamicQuantizeMatMul",
     "FusedMatMul",
@@ -39,7 +39,7 @@ FUSED = {
 
 
 def has_runtime():
-    """Whether ONNX Runtime is installed, and what makes its graphs."""
+    """Whether onnxruntime and onnx are installed."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -51,7 +51,7 @@ def has_runtime():
 class Graph:
     """A graph as it grows: its operators, the tensors they read, its inputs and outputs.
 
-    int8: matrices in 8 bits. many_rows: what they multiply.
+    int8: matrices in 8 bits. many_rows: choose the product that is fast for many rows, not the one for a single row.
     """
 
     def __init__(self, int8, many_rows):
@@ -84,7 +84,7 @@ class Graph:
             return self.add("DynamicQuantizeMatMul", [x, *inputs, bias], name)
         if self.int8:
             numbers, scales = quantize(weight, BLOCK)
-            numbers = numbers.view(torch.uint8) ^ 128  # 128 more: it stands for 0
+            numbers = numbers.view(torch.uint8) ^ 128  # stored unsigned, with 128 for zero
             inputs = [x, self.tensor(f"{name}.int8", numbers), self.tensor(f"{name}.scales", scales), "", "", bias]
             sizes = {"N": weight.shape[0], "K": weight.shape[1], "bits": 8, "block_size": BLOCK}
             return self.add("MatMulNBits", inputs, name, **sizes, accuracy_level=4)
@@ -94,7 +94,7 @@ class Graph:
         return self.add("Add", [product, bias], name)
 
     def norm(self, name, norm, eps, x, branch=None):
-        """The norm of x, or of x + branch: (name of the norm, name of what it was taken of).
+        """The norm of x, or of x + branch; returns the names of both, (the norm, what it was taken of).
 
         norm: an RMSNorm, or a LayerNorm, which has a bias.
         """
@@ -109,7 +109,7 @@ class Graph:
         return name, f"{name}.sum"
 
     def declare(self, name, shape, kind="FLOAT"):
-        """An input or output, for `inputs` or `outputs`; a text in its shape stands for any size."""
+        """An entry of `inputs` or `outputs`; a text in its shape is a dimension of any size."""
         import onnx
 
         return onnx.helper.make_tensor_value_info(name, getattr(onnx.TensorProto, kind), shape)
@@ -166,18 +166,28 @@ def quantize(weight, block):
     return (blocks / scales[..., None]).round_().to(torch.int8), scales.flatten()
 
 
+def not_a_graph(config):
+    """What a language model has that its graph can't express; None if it has nothing of the kind."""
+    if config.use_moe:
+        return "experts"
+    if config.head_dim % 8:
+        return f"heads of width {config.head_dim}, which is no multiple of 8"
+    return None
+
+
 def language_graph(model, int8=False):
     """The graph of a MiniMindLM's layers and output.
 
-    Inputs: `embeddings` (B, T, D), padded on the right; `lengths` (B,), tokens of each row minus 1, the cached ones and these,
-    and `longest`, the most tokens of any row; `last` (B,), the position b * T + t of each row's last token; `cos` and `sin`
-    of the rotary embedding, (positions, C/2); `keys.N` and `values.N` (B, K, S, C), the cache of layer N. Outputs: `logits`
-    (B, vocab_size), and the cache: in the same memory if both are bound to it, filled from each row's own length on.
-    BadInput if the model has experts.
+    Inputs: `embeddings` (B, T, D), padded on the right; `lengths` (B,): tokens of each row, cached and new, minus 1, as the
+    operator for attention wants it; `longest`: tokens of the longest row; `last` (B,): the position b * T + t of each row's
+    last token; `cos` and `sin` of the rotary embedding (positions, C/2); `keys.N` and `values.N` (B, K, L, C): the cache of
+    layer N. Outputs: `logits` (B, vocab_size), and `new_keys.N`, `new_values.N`: the cache with the new tokens behind each
+    row's own. Bind old and new to the same memory, and nothing is copied. BadInput says what can't be a graph.
     """
     config = model.config
-    if config.use_moe:
-        raise BadInput("a model with experts can't be made an ONNX graph")
+    reason = not_a_graph(config)
+    if reason:
+        raise BadInput(f"ONNX Runtime can't run this model: it has {reason}")
     graph = Graph(int8, many_rows=False)
     attention = {"num_heads": config.n_heads, "kv_num_heads": config.n_kv_heads}
     attention |= {"do_rotary": 1, "rotary_interleaved": 1}
@@ -217,7 +227,7 @@ def language_graph(model, int8=False):
     flat = graph.add("Reshape", [normed, graph.tensor("rows", torch.tensor([-1, config.dim]))], "flat")
     graph.linear("logits", graph.add("Gather", [flat, "last"], "last_of_each", axis=0), model.output.weight)
 
-    shape = ["B", config.n_kv_heads, "S", config.head_dim]
+    shape = ["B", config.n_kv_heads, "L", config.head_dim]
     graph.inputs = [
         graph.declare("embeddings", ["B", "T", config.dim]),
         graph.declare("lengths", ["B"], "INT32"),
@@ -253,7 +263,7 @@ def vision_graph(model, int8=False):
     graph = Graph(int8, many_rows=True)
     eps, width, side = config.layer_norm_eps, config.hidden_size, config.patch_size
 
-    # patches as rows, with a row of zeros before them if the position of that row brings the class token
+    # patches as rows; the class token is a row of zeros before them, and its vector comes with its position
     patches = vision.embeddings.patch_embedding
     inputs = ["pixels", graph.tensor("patches.weight", patches.weight.float())]
     if patches.bias is not None:

@@ -295,11 +295,14 @@ def test_without_onnx_runtime_pytorch_answers_and_8_bits_say_what_is_missing(
         Chat(weights, tiny_clip, ROOT / "model" / "demo", int8=True)
 
 
-def test_experts_answer_by_pytorch_and_not_in_8_bits(tokenizer, tiny_clip, pictures, tmp_path):
-    weights = save_random_vlm(tmp_path / "moe.pth", tokenizer, use_moe=True)
+@pytest.mark.parametrize(("sizes", "what"), [({"use_moe": True}, "experts"), ({"head_dim": 12}, "heads of width 12")])
+def test_what_onnx_runtime_can_t_run_pytorch_does_but_not_in_8_bits(
+    tokenizer, tiny_clip, pictures, tmp_path, sizes, what
+):
+    weights = save_random_vlm(tmp_path / "vlm.pth", tokenizer, **sizes)
     chat = Chat(weights, tiny_clip, ROOT / "model" / "demo")
     assert list(chat.stream("颜色？", pictures[:1], max_new_tokens=5, **GREEDY))
-    with pytest.raises(BadInput, match="experts"):
+    with pytest.raises(BadInput, match=f"ONNX Runtime can't run this model: it has {what}"):
         Chat(weights, tiny_clip, ROOT / "model" / "demo", int8=True)
 
 

@@ -1,4 +1,4 @@
-"""An engine in place of a model of our own: requests are relayed to a server with OpenAI's API, such as vLLM's."""
+"""Relays requests to an inference engine with OpenAI's API, such as vLLM, in place of a model of our own."""
 
 import contextlib
 import http.client
@@ -21,7 +21,7 @@ TIMEOUT = 10  # seconds to connect, and for the list of models; an answer may ta
 
 
 class Backend:
-    """What OpenAI's clients call, answered by an engine."""
+    """The routes of OpenAI's API, relayed to an engine."""
 
     def __init__(self, url, settings):
         """url: of the engine's API, e.g. http://127.0.0.1:8000/v1. OPENAI_API_KEY in the environment is sent along.
@@ -41,7 +41,7 @@ class Backend:
         if key:
             self.headers["Authorization"] = f"Bearer {key}"
 
-        # what a request gets that says nothing else
+        # defaults of the fields that a request leaves out
         self.info = {"backend": True, "model": self.find_model(), "settings": settings}
         defaults = {"model": self.info["model"], **settings}
         defaults["max_tokens"] = defaults.pop("max_new_tokens")
@@ -55,8 +55,12 @@ class Backend:
             way_out = "start one, for example with `vllm serve FOLDER`, or correct --backend"
             raise BadInput(f"{problem.description}: {way_out}") from None
         except HTTPException as problem:
-            says = f"{self.url}/models answers {problem.code} ({problem.description:.200})"
-            raise BadInput(f"{says}: correct --backend, or the key in OPENAI_API_KEY") from None
+            way_out = (
+                "correct the key in OPENAI_API_KEY" if problem.code in (401, 403) else "does --backend end in /v1?"
+            )
+            raise BadInput(
+                f"{self.url}/models answers {problem.code} ({problem.description:.200}): {way_out}"
+            ) from None
         except (ValueError, LookupError, TypeError):
             raise BadInput(f"{self.url}/models lists no model, as OpenAI's API does: correct --backend") from None
 
@@ -120,15 +124,15 @@ class Backend:
 
 
 @contextlib.contextmanager
-def hanging_up(engine, disconnected):
-    """Meanwhile, ends the connection on the socket `engine` once the client has gone: the engine then stops generating."""
+def hanging_up(sock, disconnected):
+    """While the block runs, closes the engine's socket once the client has gone: the engine then stops generating."""
     finished = threading.Event()
 
     def watch():
         while not finished.wait(0.5):
             if disconnected.is_set():
                 with contextlib.suppress(OSError):  # it has ended already
-                    engine.shutdown(socket.SHUT_RDWR)
+                    sock.shutdown(socket.SHUT_RDWR)
                 return
 
     threading.Thread(target=watch, daemon=True).start()
@@ -143,7 +147,7 @@ def pieces(reply):
     try:
         while piece := reply.read1():
             yield piece
-    except (OSError, http.client.HTTPException, ValueError):  # the latter from a TLS connection that was hung up
+    except (OSError, http.client.HTTPException, ValueError):  # ValueError: a TLS connection was closed
         yield event({"error": {"message": "the engine stopped in the middle of its answer", "type": "server_error"}})
 
 

@@ -1,12 +1,13 @@
-"""How many clients at once a server bears: questions about pictures, streamed from any server that speaks OpenAI's API.
+"""How a server copes with many clients at once: questions about pictures, streamed from any server with OpenAI's API.
 
-    python web_server.py --demo --queue 40                           # in another terminal, and maybe
-    vllm serve my-minimind-v --max-model-len 512                     # in a third
+    python -m dataset.demo                                           # the questions
+    python web_server.py --demo --queue 40                           # one server or both, each in a terminal of its own;
+    vllm serve my-minimind-v --max-model-len 512                     # --queue: more than clients
     python tests/benchmarks/bench_load.py http://127.0.0.1:7788/v1 http://127.0.0.1:8000/v1
 
 Each client asks one question after the other of a labelled file, greedily; all clients together ask `--questions` of them. A
 row for each server and number of clients: answers/s, tokens/s, and how long a client waits for the first token and for the
-answer (half of all, and 95%). The last line is JSON.
+answer (median, 95th percentile). The last line is JSON.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""llama.cpp writes the greedy tokens of our model, else a comparison of speeds would say nothing.
+"""llama.cpp must write the same greedy tokens as our model; otherwise comparing their speeds means nothing.
 
 Not part of the other tests, for its packages: pip install -r tests/benchmarks/requirements.txt, then
 

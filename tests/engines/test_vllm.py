@@ -1,6 +1,6 @@
-"""An exported LLaVA in vLLM: the same greedy answers as here, asked by OpenAI's client, alone and through the page's server.
+"""An exported LLaVA in vLLM: the same greedy answers as here, asked by OpenAI's client, directly and through --backend.
 
-Not part of the other tests, as vLLM takes gigabytes: see requirements.txt beside this file, then
+Not part of the other tests, as vLLM takes gigabytes: see requirements_vllm.txt beside this file, then
 
     python -m pytest -n 0 tests/engines/test_vllm.py
 """
@@ -31,7 +31,7 @@ def dtype(request):
 
 @pytest.fixture(params=["a Llama", "a Qwen3"])
 def exported(request, tmp_path, tiny_clip, tokenizer):
-    """A folder of a model that would never end an answer, and the file that it was made of."""
+    """The exported folder of a random model, and the file that it was made of."""
     sizes = dict(n_heads=2, n_kv_heads=1, qk_norm=request.param == "a Qwen3")
     source = save_random_vlm(tmp_path / "weights.pth", tokenizer, **sizes)
     paths = ["--vision_path", tiny_clip, "--tokenizer_path", "model/demo"]
