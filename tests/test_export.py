@@ -283,6 +283,13 @@ def test_an_exported_llava_s_tokenizer_can_be_exported_once_more(export, weights
     assert (second / "chat_template.jinja").read_bytes() == (first / "chat_template.jinja").read_bytes()
 
 
+def test_the_demo_s_heads_are_known_without_the_file_beside_its_weights(export, tokenizer, tmp_path):
+    source = save_random_vlm(tmp_path / "96.pth", tokenizer, dim=96, n_heads=6, n_kv_heads=3)
+    source.with_suffix(".json").unlink()
+    text = json.loads((export("--demo", source=source) / "config.json").read_text())["text_config"]
+    assert (text["num_attention_heads"], text["num_key_value_heads"]) == (6, 3)
+
+
 def test_a_folder_of_earlier_days_loads(export, chat, weights, pictures, tmp_path):
     """As of commit 9d9f35b: fewer fields, code of other names, no chat template, no mean and deviation of pixels."""
     folder = export(*CODE)
