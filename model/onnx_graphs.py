@@ -78,7 +78,8 @@ class Graph:
         weight = weight.detach().float()
         bias = "" if bias is None else self.tensor(f"{name}.bias", bias.float())
         if self.int8 and self.many_rows:
-            numbers, scales = quantize(weight, weight.shape[1])
+            # of them 7 bits: CPUs without VNNI add two products of them and inputs in 16 bits, which 8 would overflow
+            numbers, scales = quantize(weight, weight.shape[1], most=63)
             zero = self.tensor(f"{name}.zero", torch.zeros(len(weight), dtype=torch.int8))
             inputs = [self.tensor(f"{name}.int8", numbers[:, 0].T), self.tensor(f"{name}.scales", scales), zero]
             return self.add("DynamicQuantizeMatMul", [x, *inputs, bias], name)
@@ -159,10 +160,10 @@ class Graph:
         return session
 
 
-def quantize(weight, block):
-    """A matrix (out, in) as 8-bit numbers (out, blocks, block), and the scale of each block (out * blocks,)."""
+def quantize(weight, block, most=127):
+    """A matrix (out, in) as 8-bit numbers (out, blocks, block), up to `most`, and the scale of each block (out * blocks,)."""
     blocks = F.pad(weight, (0, -weight.shape[1] % block)).unflatten(1, (-1, block))
-    scales = (torch.linalg.vector_norm(blocks, torch.inf, dim=-1) / 127).clamp_min(1e-12)
+    scales = (torch.linalg.vector_norm(blocks, torch.inf, dim=-1) / most).clamp_min(1e-12)
     return (blocks / scales[..., None]).round_().to(torch.int8), scales.flatten()
 
 
