@@ -40,6 +40,7 @@ from .layouts import sizes_of, to_llama, transformers_config
 from .llava import chat_template, llava_config, not_a_llava, pack_llava
 from .model_vlm import MiniMindVLM
 from .onnx_export import export_onnx
+from .onnx_graphs import not_a_graph
 from .stages import DEMO_MODEL
 from .vision_utils import VISION
 
@@ -134,6 +135,10 @@ def export(weights, folder, tokenizer_path, vision_path, format=None, with_visio
         raise BadInput(f"{weights} has {reason}, which a LLaVA can't express: export it with --format code")
     state = in_our_layout(read_weights(weights), config)  # in the precision of the file
     metadata = {**parts.metadata, **provenance(config, parts.tokenizer)}
+    if format in ("onnx", "onnx-int8") and not_a_graph(config):
+        raise BadInput(
+            f"{weights} has {not_a_graph(config)}, which ONNX Runtime can't run: export it with --format code"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     if format in ("onnx", "onnx-int8"):
         export_onnx(folder, parts, int8=format == "onnx-int8")

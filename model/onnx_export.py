@@ -29,8 +29,8 @@ from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 
 MOST_TOKENS = 256  # of an answer
-if len(sys.argv) != 3 or not Path(sys.argv[1]).is_file():
-    sys.exit("usage: python ask.py PICTURE QUESTION, where PICTURE is a file")
+if len(sys.argv) != 3:
+    sys.exit("usage: python ask.py PICTURE QUESTION")
 folder = Path(__file__).parent
 settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
 tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -41,14 +41,23 @@ vision, language_model = (
     for name in ("vision.onnx", "language_model.onnx")
 )
 
-# the picture, squeezed to a square, as embeddings (P, D)
-picture, question = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB"), sys.argv[2]
+# the picture, on white where it is transparent, squeezed to a square, as embeddings (P, D)
+try:
+    picture = ImageOps.exif_transpose(Image.open(sys.argv[1]))
+except OSError as error:
+    sys.exit(f"{sys.argv[1]} could not be read as a picture: {error}")
+if picture.has_transparency_data:
+    picture = picture.convert("RGBA")
+    picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+picture = picture.convert("RGB")
 picture = picture.resize([settings["image_size"]] * 2, settings["resample"])
 pixels = (np.asarray(picture, np.float32) / 255 - settings["image_mean"]) / settings["image_std"]
 (image_embeddings,) = vision.run(None, {"pixels": pixels.transpose(2, 0, 1)[None].astype(np.float32)})
 
 # the prompt: placeholder and question within the form that the model knows, and the picture over the placeholder
-ids = settings["before"] + tokenizer.encode(f"\\n{question}", add_special_tokens=False).ids + settings["after"]
+ids = settings["before"] + tokenizer.encode(f"\\n{sys.argv[2]}", add_special_tokens=False).ids + settings["after"]
+if len(ids) >= settings["max_seq_len"]:
+    sys.exit(f"the question has {len(ids)} tokens, the model reads at most {settings['max_seq_len']}")
 x = np.array(embeddings[ids])  # (T, D)
 start = settings["picture_at"]
 x[start : start + len(image_embeddings[0])] = image_embeddings[0]

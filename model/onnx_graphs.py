@@ -155,7 +155,13 @@ class Graph:
         values = [onnxruntime.OrtValue.ortvalue_from_numpy(self.tensors[name]) for name in names]
         options.add_external_initializers(names, values)
         graph = self.to_onnx(with_tensors=False).SerializeToString()
-        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        try:
+            session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # noqa: BLE001  its own kinds, which it does not export
+            text = str(error).splitlines()[0][:200]
+            raise BadInput(
+                f"ONNX Runtime {onnxruntime.__version__} can't run this model ({text}): pip install -U onnxruntime onnx"
+            ) from None
         session.tensors = self.tensors
         return session
 
@@ -171,8 +177,8 @@ def not_a_graph(config):
     """What a language model has that its graph can't express; None if it has nothing of the kind."""
     if config.use_moe:
         return "experts"
-    if config.head_dim % 8:
-        return f"heads of width {config.head_dim}, which is no multiple of 8"
+    if config.head_dim % 16:  # as the operator for attention wants it
+        return f"heads of width {config.head_dim}, which is no multiple of 16"
     return None
 
 

@@ -69,6 +69,8 @@ def test_a_request_gets_the_settings_of_the_command_line_and_the_key(other_engin
             ({"object": "error", "message": "no room"}, 422, "no room"),
             ({"detail": "Not Found"}, 404, "Not Found"),
             ("<h1>?</h1>", 500, "INTERNAL SERVER ERROR"),
+            ("[" * 10**5, 500, "INTERNAL SERVER ERROR"),
+            ({"error": {"message": "there is no key 'key'"}}, 401, "UNAUTHORIZED"),
         ):
             other_engine.reply = reply, status
             response = ask(client, messages=[], stream=True)
@@ -158,6 +160,8 @@ def test_what_can_be_no_engine_is_one_sentence(engine, capsys):
     assert err.startswith("error: no engine answers at http://127.0.0.1:9/v1 (")
     assert "start one, for example with `vllm serve FOLDER`, or correct --backend" in err
 
+    with pytest.raises(BadInput, match=r"no engine answers at http://127.0.0.1:80a/v1 \(nonnumeric port: '80a'\)"):
+        create_app("--backend", "http://127.0.0.1:80a/v1")
     with (
         serving(engine) as address,
         pytest.raises(BadInput, match=r"/models answers 404 \(.*\): does --backend end in /v1\?"),

@@ -298,7 +298,7 @@ def test_without_onnx_runtime_pytorch_answers_and_8_bits_say_what_is_missing(
         Chat(weights, tiny_clip, ROOT / "model" / "demo", int8=True)
 
 
-@pytest.mark.parametrize(("sizes", "what"), [({"use_moe": True}, "experts"), ({"head_dim": 12}, "heads of width 12")])
+@pytest.mark.parametrize(("sizes", "what"), [({"use_moe": True}, "experts"), ({"head_dim": 24}, "heads of width 24")])
 def test_what_onnx_runtime_can_t_run_pytorch_does_but_not_in_8_bits(
     tokenizer, tiny_clip, pictures, tmp_path, sizes, what
 ):

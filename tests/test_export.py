@@ -374,6 +374,11 @@ def test_what_can_t_be_exported_is_said_in_one_line(export, weights, tiny_clip, 
         (["--reverse", weights, tmp_path / "new.pth"], "is not a folder"),
         (["--reverse", broken, tmp_path / "new.pth"], "is truncated, or not a file of weights"),
         ([moe, tmp_path / "new", *paths, "--format", "llava"], "moe.pth has experts, which a LLaVA can't express"),
+        ([moe, tmp_path / "new", *paths, "--format", "onnx"], "moe.pth has experts, which ONNX Runtime can't run"),
+        (
+            [weights, tmp_path / "new", "--language_model", "--format", "onnx"],
+            "--format is for exporting a whole model",
+        ),
         ([weights, llm, *paths], "64_llm.pth would become a folder: to write the .pth file of a folder, add --reverse"),
         ([weights, tmp_path / "wide.json", *paths], "wide.json could not be written (File exists)"),
     ):

@@ -115,12 +115,12 @@ class Backend:
     @contextlib.contextmanager
     def connection(self):
         """A connection to the engine, for one request; BadGateway if the engine doesn't answer on it."""
-        with contextlib.closing(self.connection_type(self.address, timeout=TIMEOUT)) as connection:
-            try:
+        try:
+            with contextlib.closing(self.connection_type(self.address, timeout=TIMEOUT)) as connection:
                 connection.connect()
                 yield connection
-            except (OSError, http.client.HTTPException, UnicodeError) as error:
-                raise BadGateway(f"no engine answers at {self.url} ({error})") from None
+        except (OSError, http.client.HTTPException, UnicodeError) as error:
+            raise BadGateway(f"no engine answers at {self.url} ({error})") from None
 
 
 @contextlib.contextmanager
@@ -156,7 +156,9 @@ def whole_response(reply):
     data = reply.read()
     if reply.status == 200:
         return Response(data, content_type=reply.headers["Content-Type"])
-    error = HTTPException(error_message(data) or reply.reason)
+    # a refusal of the key may repeat it, and visitors should not read it
+    says = "" if reply.status in (401, 403) else error_message(data)
+    error = HTTPException(says or reply.reason)
     error.code = reply.status if reply.status >= 400 else BadGateway.code
     raise error
 
@@ -165,7 +167,7 @@ def error_message(data):
     """What an engine's error says, "" if it isn't JSON. {"error": {"message": ...}} is OpenAI's form; others leave parts out."""
     try:
         message = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return ""
     for name in ("error", "message", "detail"):
         if isinstance(message, dict) and name in message:

@@ -131,6 +131,8 @@ def main():
     parser.add_argument("--max_tokens", type=int, default=48)
     parser.add_argument("--data", type=Path, default=ROOT / "dataset/demo_world/score_heldout.json")
     args = parser.parse_args()
+    if not args.data.exists():
+        raise SystemExit(f"{args.data} not found: python -m dataset.demo makes the demo's")
     questions = read_questions(args.data, args.data.parent / "images")[: args.questions]
     servers = [Server(url) for url in args.urls]
     rows = []
