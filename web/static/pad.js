@@ -78,19 +78,20 @@ export class Pad {
     this.choose("colour", COLOURS.red);
     this.choose("background", BACKGROUNDS.white);
     document.addEventListener("keydown", (event) => {
-      if (this.element.open && (event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "z") this.undo();
+      if (this.element.open && (event.ctrlKey || event.metaKey) && event.key === "z") this.undo();
     });
   }
 
   /** Opens the pad; if a single still picture is attached, it can be drawn over. */
   async open(pictures) {
-    this.picture = null;
+    let picture = null;
     if (pictures.length === 1 && !mayMove(pictures[0])) {
       const image = make("img", { src: pictures[0].url });
-      this.picture = await image.decode().then(() => image, () => null); // null: a format that the browser can't show
+      picture = await image.decode().then(() => image, () => null); // null: a format that the browser can't show
     }
-    this.over.hidden = !this.picture;
-    if (!this.picture && this.background === "picture") this.choose("background", BACKGROUNDS.white);
+    this.picture = picture;
+    this.over.hidden = !picture;
+    if (!picture && this.background === "picture") this.choose("background", BACKGROUNDS.white);
     this.paint();
     this.element.showModal();
   }
@@ -107,6 +108,7 @@ export class Pad {
       this.begin(...at(event));
     };
     canvas.onpointermove = (event) => { if (this.current && event.isPrimary) this.drag(...at(event)); };
+    canvas.ontouchstart = (event) => event.preventDefault(); // else a quick stroke is a fling, which swallows the tap after it
     canvas.onlostpointercapture = () => { this.current = null; };
     canvas.onkeydown = (event) => this.onKey(event);
     canvas.onblur = () => { this.cursor = null; this.paint(); };
@@ -115,18 +117,18 @@ export class Pad {
 
   makeTools() {
     const group = (name, ...children) => make("div", { className: name, role: "group", data: { name } }, ...children);
-    const choice = (field, value, label, properties, ...children) => make("button", {
-      type: "button", onclick: () => this.choose(field, value), data: { label, [field]: value }, ...properties,
+    const choice = (field, value, names, properties, ...children) => make("button", {
+      type: "button", onclick: () => this.choose(field, value), data: { [field]: value, ...names }, ...properties,
     }, ...children);
-    const swatch = (field) => ([name, value]) => choice(field, value, name, { className: "swatch", style: `--swatch: ${value}` });
+    const tool = (name, image) => choice("tool", name, { label: name }, {}, image);
+    const swatch = (field) => ([label, value]) => choice(field, value, { label }, { className: "swatch", style: `--swatch: ${value}` });
     const action = (name, onclick, image) => make("button", { type: "button", onclick, data: { label: name } }, icon(image));
 
     const pickColour = (event) => this.choose("colour", event.target.value);
-    this.over = choice("background", "picture", "over_label", {}, make("span", { data: { text: "over" } }));
+    this.over = choice("background", "picture", { text: "over" });
     return make("div", { className: "panel" },
-      group("tools",
-        ...Object.keys(WIDTHS).map((name) => choice("tool", name, name, {}, icon(name))),
-        ...Object.keys(SHAPES).map((name) => choice("tool", name, name, {}, shapeIcon(name)))),
+      group("drawing_tools",
+        ...Object.keys(WIDTHS).map((name) => tool(name, icon(name))), ...Object.keys(SHAPES).map((name) => tool(name, shapeIcon(name)))),
       group("colours", ...Object.entries(COLOURS).map(swatch("colour")), make("input", {
         type: "color", value: "#e667a8", className: "swatch", oninput: pickColour, onclick: pickColour, data: { label: "any_colour" },
       })),
@@ -202,7 +204,7 @@ export class Pad {
     const pen = this.canvas.getContext("2d");
     pen.fillStyle = this.background === "picture" ? BACKGROUNDS.white : this.background;
     pen.fillRect(0, 0, SIDE, SIDE);
-    if (this.background === "picture") pen.drawImage(this.picture, 0, 0, SIDE, SIDE);
+    if (this.background === "picture" && this.picture) pen.drawImage(this.picture, 0, 0, SIDE, SIDE);
     pen.drawImage(this.layer, 0, 0);
     if (this.cursor) this.paintCursor(pen);
   }
