@@ -1,15 +1,20 @@
 """The chat page in a real browser: Chromium, driven by Playwright."""
 
 import base64
+import io
+import itertools
 import json
 import mimetypes
+import random
 import re
 
+import numpy as np
 import pytest
 from helpers import ROOT, animated, say, serving, video
 from PIL import Image
 from playwright.sync_api import expect
 
+from dataset import demo
 from web_server import create_app
 
 LONG = "左上角红色大圆形，右下角蓝色小方形。" * 3
@@ -253,7 +258,7 @@ def test_everything_fits_on_a_phone(visit, pictures, colour_scheme):
     expect(page.locator(".heat canvas")).to_have_count(3)
     page.locator(".token").nth(2).tap()
     assert page.evaluate("document.documentElement.scrollWidth") <= 360  # no horizontal scrolling
-    for name in ("#send-button", "#add", "#settings-button", "#language"):
+    for name in ("#send-button", "#add", "#draw", "#settings-button", "#language"):
         box = page.locator(name).bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 360
     red, green, blue = map(int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).color"))[:3])
@@ -295,6 +300,233 @@ def test_the_page_takes_as_many_pictures_as_fit(visit, app, pictures):
     expect(page.locator("#notice")).to_have_text(f"The model sees at most {app.chat.max_pictures} pictures at a time.")
     ask(page, "?")
     expect(bubble(page)).to_contain_text("左上角")
+    page.locator("#draw").click()
+    expect(page.locator("#pad")).to_be_hidden()  # nothing is drawn in vain
+
+
+# --- the drawing pad, in pixels of the drawing: 448 x 448 --------------------------------------------------------------
+
+WHITE, RED, BLUE = (255, 255, 255), demo.COLOURS["红色"], demo.COLOURS["蓝色"]
+
+
+def choose(page, *names):
+    for name in names:
+        page.locator("#pad").get_by_role("button", name=name, exact=True).click()
+
+
+def on_screen(page, points):
+    box = page.locator("#pad canvas").bounding_box()
+    scale = page.locator("#pad canvas").evaluate("canvas => canvas.clientWidth") / 448
+    border = (box["width"] - 448 * scale) / 2
+    return [(box["x"] + border + x * scale, box["y"] + border + y * scale) for x, y in points]
+
+
+def drag(page, *points):
+    """Presses the mouse at the first point, and lets go at the last."""
+    for number, (x, y) in enumerate(on_screen(page, points)):
+        page.mouse.move(x, y)
+        if number == 0:
+            page.mouse.down()
+    page.mouse.up()
+
+
+def decoded(url):
+    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")
+
+
+def drawn(page):
+    return decoded(page.locator("#pad canvas").evaluate("canvas => canvas.toDataURL()"))
+
+
+def test_a_drawing_is_attached_and_sent_and_the_next_one_begins_empty(visit):
+    page = visit("en-US")
+    page.locator("#draw").click()
+    choose(page, "Circle", "Red")
+    drag(page, (96, 96), (176, 96))  # from its centre: a radius of 80
+    choose(page, "Square", "Blue")
+    drag(page, (352, 352))  # one of middle size
+    choose(page, "Star")
+    drag(page, (224, 224), (224, 300))
+    page.keyboard.press("Control+z")
+    choose(page, "Brush", "Green")
+    drag(page, (60, 400), (160, 400))
+    drag(page, (60, 300), (160, 300))
+    choose(page, "Undo", "Light grey background", "Eraser")
+    drag(page, (96, 96))
+    choose(page, "Use the drawing")
+
+    attached = page.locator("#thumbnails img")
+    expect(attached).to_have_attribute("alt", "drawing.png")
+    picture = decoded(attached.get_attribute("src"))
+    grey, green = demo.BACKGROUNDS[1], demo.COLOURS["绿色"]
+    assert picture.size == (448, 448)
+    found = {point: picture.getpixel(point) for point in [(150, 96), (190, 96), (352, 352), (352, 420), (110, 400)]}
+    assert found == {(150, 96): RED, (190, 96): grey, (352, 352): BLUE, (352, 420): grey, (110, 400): green}
+    gone = [picture.getpixel(point) for point in [(96, 96), (224, 224), (110, 300)]]  # erased, and undone twice
+    assert gone == [grey] * 3
+
+    with page.expect_request("**/completions") as request:
+        ask(page, "?")
+    part = request.value.post_data_json["messages"][0]["content"][0]
+    assert decoded(part[part["type"]]["url"]).tobytes() == picture.tobytes()
+    page.locator("#draw").click()
+    assert drawn(page).getcolors() == [(448 * 448, grey)]
+
+
+def test_the_pads_shapes_and_colours_are_those_of_the_demo(visit):
+    class Exact(random.Random):
+        """Nothing shifted, tilted or tinted."""
+
+        def randint(self, *_):
+            return 0
+
+        def uniform(self, *_):
+            return 0.0
+
+    page = visit()
+    page.locator("#draw").click()
+    for colour, shape in zip(demo.COLOURS, itertools.cycle(demo.SHAPES), strict=False):
+        choose(page, "清空", colour, shape)
+        drag(page, (224, 224), (304, 224))
+        expected = Image.new("RGB", (224, 224), "white")
+        demo.draw_thing(expected, demo.Thing("中间", "大", colour, shape), Exact(), demo.PLACES)
+        difference = np.asarray(drawn(page).reduce(2), float) - np.asarray(expected)
+        assert np.abs(difference).mean() < 1, (colour, shape)  # only edges differ; circle for square: 2 or more
+    choose(page, "清空")
+    page.get_by_label("其他颜色").fill("#123456")
+    drag(page, (224, 224))
+    assert drawn(page).getpixel((184, 224)) == (0x12, 0x34, 0x56)  # the last shape was a square
+
+
+def test_a_finger_draws_and_everything_fits_on_a_small_phone(visit, pictures):
+    page = visit(width=320)
+    drop(page, pictures[0])
+    expect(page.locator("#thumbnails img")).to_have_count(1)
+    page.locator("#draw").tap()
+    pad = page.locator("#pad")
+    for button in pad.locator("button, input, canvas").all():
+        box = button.bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 320 and min(box["width"], box["height"]) >= 24
+    assert pad.locator("canvas").bounding_box()["width"] >= 260
+    assert pad.evaluate("pad => pad.scrollWidth - pad.clientWidth") == 0
+
+    def touch(*points):
+        session = page.context.new_cdp_session(page)
+        for number, (x, y) in enumerate(on_screen(page, points)):
+            kind = "touchMove" if number else "touchStart"
+            session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": x, "y": y}]})
+        session.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
+    pad.get_by_role("button", name="圆环").tap()
+    touch((150, 150), (200, 150), (250, 150))
+    pad.get_by_role("button", name="画笔").tap()
+    pad.get_by_role("button", name="蓝色", exact=True).tap()
+    touch((40, 400), (200, 400), (400, 400))
+    pad.get_by_role("button", name="用这张画").tap()
+    expect(page.locator("#thumbnails img").nth(1)).to_have_attribute("alt", "我的画.png")
+    picture = decoded(page.locator("#thumbnails img").nth(1).get_attribute("src"))
+    points = [(150, 150), (230, 150), (150, 70), (300, 150), (300, 400), (300, 300)]
+    assert [picture.getpixel(point) for point in points] == [WHITE, RED, RED, WHITE, BLUE, WHITE]
+
+
+def test_drawing_over_the_attached_picture(visit, pictures, tmp_path):
+    wide = tmp_path / "wide.png"
+    halves = Image.new("RGB", (300, 100), RED)
+    halves.paste(BLUE, (150, 0, 300, 100))
+    halves.save(wide)
+    page = visit("en-US")
+    over = page.get_by_role("button", name="Over the picture")
+    page.locator("#draw").click()
+    expect(over).to_be_hidden()
+    choose(page, "Cancel")
+    drop(page, wide)
+    expect(page.locator("#thumbnails img")).to_have_count(1)
+    page.locator("#draw").click()
+    assert drawn(page).getcolors() == [(448 * 448, WHITE)]  # offered, not forced
+    over.click()
+    choose(page, "Circle", "Black")
+    drag(page, (112, 224), (192, 224))
+    choose(page, "Eraser")
+    drag(page, (112, 224))  # leaves the picture
+    choose(page, "Use the drawing")
+    expect(page.locator("#thumbnails img")).to_have_count(2)
+    picture = decoded(page.locator("#thumbnails img").nth(1).get_attribute("src"))
+    points = [(5, 5), (5, 440), (440, 5), (440, 440), (112, 224), (160, 224)]  # squeezed to the square
+    assert [picture.getpixel(point) for point in points] == [RED, RED, BLUE, BLUE, RED, demo.COLOURS["黑色"]]
+
+    # not offered for one of two, nor for what moves
+    page.locator("#draw").click()
+    expect(over).to_be_hidden()
+    assert drawn(page).getcolors() == [(448 * 448, WHITE)]
+    choose(page, "Cancel")
+    frames = [Image.open(path) for path in pictures[:3]]
+    for file in (
+        animated(tmp_path / "moves.gif", frames),
+        animated(tmp_path / "moves.webp", frames),
+        animated(tmp_path / "moves.png", frames),
+        video(tmp_path / "film.webm", [frame.resize((64, 64)) for frame in frames], "libvpx-vp9"),
+    ):
+        page.locator("#clear-button").click()
+        drop(page, file)
+        expect(page.locator("#thumbnails li")).to_have_count(1)
+        page.locator("#draw").click()
+        expect(page.locator("#pad")).to_be_visible()
+        expect(over).to_be_hidden()
+        choose(page, "Cancel")
+
+
+@pytest.mark.parametrize("way_out", ["Escape", "Cancel"])
+def test_leaving_the_pad_attaches_nothing_stops_no_answer_and_keeps_the_drawing(visit, way_out):
+    page = visit("en-US")
+    ask(page, "?")
+    expect(bubble(page)).to_contain_text("左上角")
+    page.locator("#draw").click()
+    choose(page, "Circle")
+    drag(page, (224, 224))
+    page.keyboard.press("Escape") if way_out == "Escape" else choose(page, "Cancel")
+    expect(page.locator("#pad")).to_be_hidden()
+    expect(page.locator("#draw")).to_be_focused()
+    expect(bubble(page)).to_have_text(LONG)
+    expect(page.locator("#thumbnails li")).to_have_count(0)
+    page.locator("#draw").click()
+    assert drawn(page).getpixel((224, 224)) == RED
+    choose(page, "Clear")
+    assert drawn(page).getpixel((224, 224)) == WHITE
+    choose(page, "Undo")
+    assert drawn(page).getpixel((224, 224)) == RED
+
+
+def test_the_pad_by_keyboard(visit):
+    page = visit("en-US")
+    page.locator("#draw").press("Enter")
+    canvas = page.get_by_role("application", name="Canvas")
+    expect(canvas).to_be_focused()
+    page.get_by_role("button", name="Square").press("Enter")
+    expect(page.get_by_role("button", name="Square")).to_have_attribute("aria-pressed", "true")
+    expect(page.get_by_role("button", name="Brush")).to_have_attribute("aria-pressed", "false")
+    canvas.focus()
+    for key in ["ArrowRight"] * 5 + ["ArrowUp"] * 3 + ["+"] * 2 + ["Enter"]:  # to (304, 176), with a radius of 80
+        page.keyboard.press(key)
+    page.get_by_role("button", name="Use the drawing").press("Enter")
+    picture = decoded(page.locator("#thumbnails img").get_attribute("src"))
+    side = round(0.84 * 80)
+    assert picture.getcolors(100)[0][1] in (RED, WHITE)  # no trace of the cursor
+    assert picture.getpixel((304 + side - 2, 176 + side - 2)) == picture.getpixel((304 - side + 2, 176)) == RED
+    assert picture.getpixel((304 + side + 2, 176)) == picture.getpixel((224, 224 + side + 2)) == WHITE
+
+
+@pytest.mark.parametrize("locale", ["zh-CN", "en-US"])
+def test_everything_on_the_pad_has_a_name_in_both_languages(visit, locale):
+    page = visit(locale)
+    page.locator("#draw").click()
+    names = (
+        page.locator("#pad")
+        .locator("button, input, canvas, [role=group]")
+        .evaluate_all("all => all.map((one) => one.getAttribute('aria-label') ?? one.textContent)")
+    )
+    assert len(names) == len(set(names)) == 1 + 3 + 8 + 9 + 5 + 4
+    assert all(name and name != "undefined" for name in names)
+    assert all(bool(re.search("[\u4e00-\u9fff]", name)) == (locale == "zh-CN") for name in names)
 
 
 def test_problems_are_shown(visit, tmp_path):

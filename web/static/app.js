@@ -1,15 +1,16 @@
 // The chat page: it sends pictures and a question to /v1/chat/completions, and shows the answer piece by piece.
 // What the model writes only ever becomes text nodes, never HTML.
 
-import { $, make, setUp, t, translate } from "./common.js";
+import { $, icon, make, setUp, t, translate } from "./common.js";
 import { HeatMap } from "./heatmap.js";
+import { Pad } from "./pad.js";
 
 const TEXTS = {
   zh: {
     clear: "清空对话", settings: "回答设置", training: "训练曲线",
     temperature: "温度（0 为最可能的字）", top_k: "top-k（0 为不限）", top_p: "top-p", max_tokens: "最多生成的 token 数",
     seed: "随机种子", seed_random: "每次不同", reset: "恢复默认",
-    welcome: "让小小的模型看一看", samples: "点一张图片试试，或者拖入、粘贴你自己的图片",
+    welcome: "让小小的模型看一看", samples: "点一张图片试试，或者拖入、粘贴、画一张你自己的图片",
     welcome_text: "图片由冻结的 CLIP 变成 50 个向量，经一个线性层译成语言模型的词嵌入，模型接着写出答案。每个问题单独回答：模型看得到图片，看不到前面说过的话。",
     ask: "问问这张图片……", ask_without: "先选一张图片，再提问……", add: "添加图片或短视频", send: "发送", stop: "停止", remove: "移除图片",
     attached: "要问的图片", questions: "可以这样问", log: "对话", picture: "图片", drop: "松手即可添加图片",
@@ -19,6 +20,11 @@ const TEXTS = {
     stopped: "已停止", cut: "已到长度上限", lost: "和服务器的连接断了，它还在运行吗？", empty: "先写下问题。",
     layer: "层", mean: "各层平均", share: (percent) => `这一步有 ${percent}% 的注意力在这里`,
     pick: "把指针移到、点按答案里的词，或用方向键选词。亮处是写下这个词的那一步注意力所在的图块（7×7，各头平均，相对最亮的一块）。注意力说明信息从哪里读来，并不说明模型为什么这样回答。",
+    draw: "画一张图", pad: "画板", canvas: "画布：方向键移动，加号和减号改变大小，回车键画上", drawing_file: "我的画.png",
+    drawing_tools: "工具", brush: "画笔", eraser: "橡皮", circle: "圆形", square: "方形", triangle: "三角形", star: "星形", cross: "十字形", ring: "圆环",
+    colours: "颜色", red: "红色", orange: "橙色", yellow: "黄色", green: "绿色", cyan: "青色", blue: "蓝色", purple: "紫色", black: "黑色", any_colour: "其他颜色",
+    backgrounds: "背景", white: "白色背景", grey: "浅灰背景", beige: "米色背景", pale: "浅蓝背景", over: "画在图片上",
+    undo: "撤销", wipe: "清空", cancel: "取消", use: "用这张画",
     parameters: (n) => `${n}M 参数`, too_big: (name, mb) => `${name} 超过 ${mb} MB，请换一张小一些的。`,
     too_many: (n) => `模型一次最多看 ${n} 张图片。`, nothing: "（模型什么也没写。）", ask_alone: "描述这张图片。", not_picture: (name) => `${name} 不是图片，也不是视频。`, describe: "描述这张图片。",
   },
@@ -26,7 +32,7 @@ const TEXTS = {
     clear: "Clear chat", settings: "Answer settings", training: "Training curves",
     temperature: "Temperature (0: always the most likely token)", top_k: "Top-k (0: no limit)", top_p: "Top-p", max_tokens: "Max new tokens",
     seed: "Seed", seed_random: "random", reset: "Reset to defaults",
-    welcome: "Show a tiny model a picture", samples: "Pick a picture to start, or drop or paste your own",
+    welcome: "Show a tiny model a picture", samples: "Pick a picture to start, or drop, paste or draw your own",
     welcome_text: "A frozen CLIP turns a picture into 50 vectors, a linear layer maps them to the language model's embeddings, and the model writes the answer. It answers each question on its own: it sees the pictures, but not your earlier questions.",
     ask: "Ask about the picture…", ask_without: "Pick a picture, then ask…", add: "Add pictures or a short video", send: "Send", stop: "Stop", remove: "Remove picture",
     attached: "Attached pictures", questions: "Suggested questions", log: "Conversation", picture: "picture", drop: "Drop to add pictures",
@@ -36,6 +42,11 @@ const TEXTS = {
     stopped: "stopped", cut: "stopped at the length limit", lost: "Lost the connection to the server. Is it still running?", empty: "Write a question first.",
     layer: "Layer", mean: "mean of all layers", share: (percent) => `${percent}% of this step's attention is here`,
     pick: "Point at or tap a word of the answer, or use the arrow keys. Bright patches are where the model's attention went at the step that wrote this word (7×7 patches, averaged over heads, relative to the brightest). Attention shows where information was read from, not why the model gave this answer.",
+    draw: "Draw a picture", pad: "Drawing pad", canvas: "Canvas: arrow keys move, plus and minus change the size, Enter draws", drawing_file: "drawing.png",
+    drawing_tools: "Tools", brush: "Brush", eraser: "Eraser", circle: "Circle", square: "Square", triangle: "Triangle", star: "Star", cross: "Cross", ring: "Ring",
+    colours: "Colours", red: "Red", orange: "Orange", yellow: "Yellow", green: "Green", cyan: "Cyan", blue: "Blue", purple: "Purple", black: "Black", any_colour: "Another colour",
+    backgrounds: "Background", white: "White background", grey: "Light grey background", beige: "Beige background", pale: "Light blue background", over: "Over the picture",
+    undo: "Undo", wipe: "Clear", cancel: "Cancel", use: "Use the drawing",
     parameters: (n) => `${n}M parameters`, too_big: (name, mb) => `${name} is larger than ${mb} MB: pick a smaller one.`,
     too_many: (n) => `The model sees at most ${n} pictures at a time.`, nothing: "(The model wrote nothing.)", ask_alone: "Describe this picture.", not_picture: (name) => `${name} is neither a picture nor a video.`, describe: "描述这张图片。",
   },
@@ -45,17 +56,9 @@ let info = null; // the server's /info; `backend`: an engine answers, which tell
 let pictures = []; // {url (data:), name, questions}: attached to the next question
 let active = null; // the exchange that is being answered
 const exchanges = [];
+const pad = new Pad((file) => addFiles([file]));
 
 // --- small helpers ------------------------------------------------------------------------------------------------
-
-function icon(name) {
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  const use = document.createElementNS("http://www.w3.org/2000/svg", "use");
-  use.setAttribute("href", `#${name}`);
-  svg.setAttribute("aria-hidden", "true");
-  svg.append(use);
-  return svg;
-}
 
 const button = (name, onclick, ...children) =>
   make("button", { type: "button", className: "plain", onclick, data: children.length ? {} : { label: name } }, icon(name), ...children);
@@ -436,9 +439,14 @@ function addListeners() {
     if (!active) ask($("question").value);
   };
 
-  // adding pictures: by the button, pasted, or dropped
+  // adding pictures: by the button, drawn, pasted, or dropped
   $("add").onclick = () => $("files").click();
   $("files").onchange = async () => { await addFiles([...$("files").files]); $("files").value = ""; };
+  document.body.append(pad.element);
+  $("draw").onclick = () => {
+    if (pictures.length < info?.max_pictures) pad.open(pictures);
+    else if (info) notice(t("too_many", info.max_pictures));
+  };
   document.onpaste = (event) => {
     const files = [...event.clipboardData.files];
     if (files.length) { event.preventDefault(); addFiles(files); }
@@ -454,13 +462,13 @@ function addListeners() {
     addFiles([...event.dataTransfer.files]);
   };
 
-  // the buttons at the top; Escape and a click elsewhere close the settings
+  // the buttons at the top; Escape and a click elsewhere close the settings. In the pad Escape closes the pad only
   $("clear-button").onclick = clearChat;
   $("settings-button").onclick = () => openSettings($("settings-panel").hidden);
   $("settings-panel").oninput = showSettings;
   $("reset").onclick = resetSettings;
   document.addEventListener("keydown", (event) => {
-    if (event.key !== "Escape" || event.isComposing) return;
+    if (event.key !== "Escape" || event.isComposing || pad.element.open) return;
     if (!$("settings-panel").hidden) { openSettings(false); $("settings-button").focus(); } else active?.controller.abort();
   });
   document.addEventListener("pointerdown", (event) => {

@@ -26,6 +26,16 @@ export function make(tag, { data = {}, ...properties } = {}, ...children) {
   return element;
 }
 
+/** A picture of the page's sprite. */
+export function icon(name) {
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  const use = document.createElementNS("http://www.w3.org/2000/svg", "use");
+  use.setAttribute("href", `#${name}`);
+  svg.setAttribute("aria-hidden", "true");
+  svg.append(use);
+  return svg;
+}
+
 /** Fills in the texts that elements name: as content, placeholder, or accessible name, with data-label as tooltip too. */
 export function translate(root = document) {
   for (const element of root.querySelectorAll("[data-text]")) element.textContent = t(element.dataset.text);
