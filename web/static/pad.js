@@ -223,8 +223,6 @@ export class Pad {
 
   /** Hands the drawing over, and forgets it. */
   finish() {
-    this.cursor = null;
-    this.paint();
     this.canvas.toBlob((blob) => this.use(new File([blob], t("drawing_file"), { type: "image/png" })));
     this.items = [];
     this.element.close();
