@@ -572,6 +572,11 @@ def test_before_an_engine_the_page_shows_what_engines_tell(visit, app, pictures,
         page.locator("#send-button").click()
         expect(page.locator(".speed")).to_have_text("stopped")
 
+        # how many pictures it takes isn't known, which keeps nobody from drawing one
+        page.locator("#draw").click()
+        page.get_by_role("button", name="Use the drawing").click()
+        expect(page.locator("#thumbnails img")).to_have_count(3)
+
         # the settings: the longest answer is the engine's, until the visitor sets it
         page.locator("#settings-button").click()
         limit = page.locator("label:has([name=max_tokens]) b")

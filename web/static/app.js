@@ -56,7 +56,7 @@ let info = null; // the server's /info; `backend`: an engine answers, which tell
 let pictures = []; // {url (data:), name, questions}: attached to the next question
 let active = null; // the exchange that is being answered
 const exchanges = [];
-const pad = new Pad((file) => addFiles([file]));
+const pad = new Pad((url) => attach(url, t("drawing_file")));
 
 // --- small helpers ------------------------------------------------------------------------------------------------
 
@@ -97,8 +97,12 @@ async function addFiles(files) {
     if (!isMedium(file)) notice(t("not_picture", file.name));
     else if (file.size > info.max_picture_bytes) notice(t("too_big", file.name, info.max_picture_bytes / 1e6));
     else if (pictures.length >= info.max_pictures) notice(t("too_many", info.max_pictures));
-    else pictures.push({ url: await readFile(file), name: file.name, questions: [] });
+    else attach(await readFile(file), file.name);
   }
+}
+
+function attach(url, name) {
+  pictures.push({ url, name, questions: [] });
   showPictures();
   $("question").focus();
 }
@@ -444,8 +448,8 @@ function addListeners() {
   $("files").onchange = async () => { await addFiles([...$("files").files]); $("files").value = ""; };
   document.body.append(pad.element);
   $("draw").onclick = () => {
-    if (pictures.length < info?.max_pictures) pad.open(pictures);
-    else if (info) notice(t("too_many", info.max_pictures));
+    if (!(pictures.length >= info?.max_pictures)) pad.open(pictures); // an engine's limit is not known
+    else notice(t("too_many", info.max_pictures));
   };
   document.onpaste = (event) => {
     const files = [...event.clipboardData.files];

@@ -1,6 +1,6 @@
 // The drawing pad: a square that is drawn on with a brush and the shapes of the demo's world, and used as a picture.
 
-import { icon, make, t } from "./common.js";
+import { icon, make } from "./common.js";
 
 const SIDE = 448; // pixels of the drawing, twice what the demo's CLIP sees
 const WIDTHS = { brush: 16, eraser: 40 };
@@ -64,7 +64,7 @@ const mayMove = ({ url }) => /^GIF|ANIM|acTL|avis/.test(atob(url.slice(url.index
 
 /** A dialog with a canvas and its tools; `element` goes into the page. What is drawn stays until it is used or cleared. */
 export class Pad {
-  /** use: called with the drawing as a PNG File. */
+  /** use: called with the drawing, a PNG in a data: URL. */
   constructor(use) {
     this.use = use;
     this.items = []; // what was drawn, in order; see draw()
@@ -223,8 +223,9 @@ export class Pad {
 
   /** Hands the drawing over, and forgets it. */
   finish() {
-    this.canvas.toBlob((blob) => this.use(new File([blob], t("drawing_file"), { type: "image/png" })));
+    const url = this.canvas.toDataURL(); // at once; toBlob may wait for seconds on a busy machine
     this.items = [];
     this.element.close();
+    this.use(url);
   }
 }
