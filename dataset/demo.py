@@ -123,9 +123,10 @@ def read_scene(text):
         if not (words["colour"] and words["shape"]):
             raise BadInput(f"{part.strip()} should name a colour and a shape; {example}")
         free = [place for place in ("中间", *PLACES) if place not in [thing.place for thing in scene]]
-        if (words["place"] or free[0] if free else None) not in free:
+        place = words["place"] or next(iter(free), None)
+        if place not in free:
             raise BadInput(f"{part.strip()} has no place of its own: there are {', '.join(PLACES)}, each for one thing")
-        scene.append(Thing(words["place"] or free[0], words["size"] or "大", words["colour"], words["shape"]))
+        scene.append(Thing(place, words["size"] or "大", words["colour"], words["shape"]))
     if not scene:
         raise BadInput(f"name what to draw, {example}")
     return tuple(scene)

@@ -106,7 +106,7 @@ def place_inside(name):
     return place and tuple(map(int, place.groups()))
 
 
-# --- which files, in which form -----------------------------------------------------------------------------------------
+# --- which files, in which form -------------------------------------------------------------------------------------
 
 
 def find_files(data_path):

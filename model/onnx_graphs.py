@@ -89,10 +89,9 @@ class Graph:
             inputs = [x, self.tensor(f"{name}.int8", numbers), self.tensor(f"{name}.scales", scales), "", "", bias]
             sizes = {"N": weight.shape[0], "K": weight.shape[1], "bits": 8, "block_size": BLOCK}
             return self.add("MatMulNBits", inputs, name, **sizes, accuracy_level=4)
-        if not bias:
-            return self.add("FusedMatMul", [x, self.tensor(f"{name}.weight", weight)], name, transB=1)
-        product = self.add("FusedMatMul", [x, self.tensor(f"{name}.weight", weight)], f"{name}.product", transB=1)
-        return self.add("Add", [product, bias], name)
+        product = f"{name}.product" if bias else name
+        self.add("FusedMatMul", [x, self.tensor(f"{name}.weight", weight)], product, transB=1)
+        return self.add("Add", [product, bias], name) if bias else name
 
     def norm(self, name, norm, eps, x, branch=None):
         """The norm of x, or of x + branch; returns the names of both, (the norm, what it was taken of).

@@ -105,8 +105,8 @@ def measure(server, questions, clients, max_tokens):
         thread.join()
     seconds = time.perf_counter() - begun
 
-    right, tokens, first, last = zip(*answered, strict=True)
     assert len(answered) == len(questions), f"{len(questions) - len(answered)} questions were not answered"
+    right, tokens, first, last = zip(*answered, strict=True)
 
     def quantiles_ms(values):
         """That of half of all values, and of 95%."""
