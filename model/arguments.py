@@ -218,8 +218,8 @@ def add_training_arguments(parser, stage=STAGES["pretrain"]):
     parser.add_argument(
         "--num_workers",
         type=PROCESSES,
-        default=min(4, os.cpu_count()) if torch.cuda.is_available() else 0,
-        help="processes that read pictures ahead (default: 4 with a GPU, 0 without)",
+        default=min(8, os.cpu_count()) if torch.cuda.is_available() else 0,
+        help="processes that read pictures ahead (default: 8 with a GPU, 0 without)",
     )
     add_switch(parser, "--cache_features", help="run CLIP once over all pictures and keep the result in out_dir")
     add_switch(parser, "--compile", help="compile the layers first (needs a C++ compiler, or Triton on a GPU)")
