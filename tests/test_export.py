@@ -38,7 +38,7 @@ def export(weights, tiny_clip, tmp_path):
 
 
 def test_the_readme_s_ten_lines_answer_without_the_repository(export, chat, pictures, tmp_path):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "web" / "docs" / "serving.md").read_text(encoding="utf-8")
     lines = next(code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "AutoProcessor" in code)
     folder = export()
     lines = lines.replace("my-minimind-v", folder.name)

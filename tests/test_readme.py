@@ -1,4 +1,4 @@
-"""What the READMEs say: their commands run in order as they stand, what they name is there, both languages agree."""
+"""What README and its pages say: their commands run in order as they stand, what they name is there, both languages agree."""
 
 import contextlib
 import json
@@ -34,12 +34,33 @@ from model.model_vlm import MiniMindVLM
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 from made_up import make_files
 
-READMES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README_zh.md")}
+# in the order in which their commands are run
+PAGES = (
+    "README.md",
+    "web/docs/faq.md",
+    "web/docs/training.md",
+    "dataset/README.md",
+    "web/docs/several_machines.md",
+    "web/docs/serving.md",
+    "web/docs/changing_it.md",
+    "web/docs/results.md",
+    "tests/benchmarks/README.md",
+    "web/docs/changelog.md",
+)
+
+
+def in_chinese(page):
+    return page.replace(".md", "_zh.md")
+
+
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for page in PAGES for name in (page, in_chinese(page))}
 NOT_RUN = {
     "pip install": "made before the tests run",
     "python -m pytest tests": "this is it",
     "hf download": "a download",
     "git": "a download",
+    "cd minimind-v": "into that download",
+    "mv first/": "out of a download",
     "vllm serve": "takes gigabytes; tests/engines runs it",
     "python web_server.py --backend": "needs an engine; test_backend.py and tests/engines have one",
     "cp -r ../minimind-v1": "out of a download",
@@ -63,11 +84,18 @@ MADE = (
     "../minimind-v1",
     "curves.png",
     "my-onnx/",
+    "LLaVA-",
+    "images/1-",
+    "images/2-",
+    "wandb/",
+    "dataset/demo_world/",
+    "coco/",
+    "train2017/",
 )
 
 
 def blocks(text):
-    """The code blocks of a README, as (language, text), in order."""
+    """The code blocks of a page, as (language, text), in order."""
     return re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
@@ -79,7 +107,7 @@ def commands(block):
 
 
 def prose(text):
-    """A README without its blocks of code."""
+    """A page without its blocks of code."""
     return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
@@ -109,6 +137,10 @@ def clone(tmp_path_factory):
     save_weights(made / "512_vlm_sft.pth", MiniMindVLM(config), tokenizer)
     save_todays_parts(place, tokenizer)
     run(place, f"{sys.executable} -m model.export {made}/512_vlm_sft.pth minimind-v-v1-small")
+    (place / "photos").mkdir()
+    for number, name in enumerate(("garden", "cat", "before", "after", "car", "tree")):
+        shutil.copyfile(made / "images" / f"{number}.jpg", place / "photos" / f"{name}.jpg")
+    (place / "held_out.csv").write_text("image,caption\ncar.jpg,一辆车\ntree.jpg,一棵树\n", encoding="utf-8")
     run(place, TINY_WORLD)
     return place
 
@@ -155,7 +187,7 @@ def environment(place):
 
 
 def run(place, command):
-    """Runs a line of the README in the clone; returns what it printed."""
+    """Runs a line of a page in the clone; returns what it printed."""
     result = subprocess.run(
         ["bash", "-c", command],
         check=False,
@@ -182,7 +214,7 @@ def free_port():
 
 
 class Server:
-    """A `python web_server.py` line of the README: it stays until the next one, or until the end."""
+    """A `python web_server.py` line of a page: it stays until the next one, or until the end."""
 
     process = None
 
@@ -223,14 +255,16 @@ def server():
 @pytest.mark.slow
 def test_every_command_runs_in_order(clone, server):
     printed = {}
-    for language, block in blocks(READMES["README.md"].replace(f"127.0.0.1:{PORT}", f"127.0.0.1:{server.port}")):
+    text = "\n".join(TEXTS[page] for page in PAGES).replace(f"127.0.0.1:{PORT}", f"127.0.0.1:{server.port}")
+    tables = iter(("names.csv", "captions.csv"))
+    for language, block in blocks(text):
         if language == "python" and "QUESTIONS[" in block:  # the text says where it belongs
             source = clone / "dataset" / "demo.py"
             before, line, after = source.read_text(encoding="utf-8").partition("def question(scene, rng, kind):")
             assert line
             source.write_text(f"{before}{block}\n\n{line}{after}", encoding="utf-8")
         elif language == "csv":
-            (clone / "names.csv").write_text(block, encoding="utf-8")
+            (clone / next(tables)).write_text(block, encoding="utf-8")
         elif language == "python":
             (clone / "block.py").write_text(block, encoding="utf-8")
             assert run(clone, "python block.py").strip()
@@ -246,25 +280,27 @@ def test_every_command_runs_in_order(clone, server):
     for flags in ("--tokenizer_path MiniMind2-Small", "--dim 768 --tokenizer_path minimind-3"):
         assert f"{ready} {flags}" in printed["python -m model.doctor"]
     assert ready in printed["python -m model.doctor --parts v1"]
-    for made in ("curves.png", "out/512_vlm_sft_multi.pth", "out/back/512_vlm_sft.pth", "wandb"):
+    for made in ("curves.png", "out/512_vlm_sft_multi.pth", "out/back/512_vlm_sft.pth", "out/mine/768_vlm_sft.pth", "wandb"):
         assert (clone / made).exists()
 
 
 # --- what they say --------------------------------------------------------------------------------------------------
 
 
-def test_both_languages_have_the_same_code_and_figures():
-    english, chinese = READMES.values()
+@pytest.mark.parametrize("page", PAGES)
+def test_both_languages_have_the_same_code_figures_and_headings(page):
+    english, chinese = TEXTS[page], TEXTS[in_chinese(page)]
     assert [language for language, _ in blocks(english)] == [language for language, _ in blocks(chinese)]
     for (language, ours), (_, theirs) in zip(blocks(english), blocks(chinese), strict=True):
         ours, theirs = (re.sub(r"\s*#(?!SBATCH|!).*", "", block) for block in (ours, theirs))  # comments are translated
         ours, theirs = (re.sub(r'""".*?"""', "", block) for block in (ours, theirs))
         assert ours == theirs, language
-    ours, theirs = (re.findall(r'(?:\]\(|src=")([^)"]*\.(?:svg|png))', text) for text in READMES.values())
-    assert ours and [name.replace("_zh.", ".") for name in theirs] == ours
+    ours, theirs = (re.findall(r'(?:\]\(|src=")([^)"]*\.(?:svg|png))', text) for text in (english, chinese))
+    assert [name.replace("_zh.", ".") for name in theirs] == ours
     assert all("_zh." in name for name in theirs if "/answer" not in name or "screenshots" in name)
-    ours, theirs = (re.findall(r"^#+", prose(text), re.MULTILINE) for text in READMES.values())
+    ours, theirs = (re.findall(r"^#+", prose(text), re.MULTILINE) for text in (english, chinese))
     assert ours == theirs
+    assert english.count("\n|") == chinese.count("\n|")  # rows of tables
 
 
 def anchors(file):
@@ -273,30 +309,50 @@ def anchors(file):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("name", ["dataset/README.md", "dataset/README_zh.md"])
-def test_links_about_the_data_lead_somewhere(name):
-    for link in re.findall(r"\]\(([^)]+)\)", (ROOT / name).read_text(encoding="utf-8")):
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_lead_somewhere(name):
+    links = re.findall(r'(?:\]\(|src=")([^)"]+)', prose(TEXTS[name]))
+    assert links
+    for link in links:
         path, _, anchor = link.partition("#")
-        file = (ROOT / name).parent / path
-        assert file.exists() and (not anchor or anchor in anchors(file)), link
-
-
-@pytest.mark.parametrize("name", READMES)
-def test_what_is_named_is_there(name):
-    text = prose(READMES[name])
-    links = re.findall(r'(?:\]\(|src=")([^)"]+)', text)
-    paths = re.findall(r"`((?:[\w.-]+/)+[\w.-]*|[\w-]+\.(?:py|md|txt))`", text)
-    assert len(links) > 40 and len(paths) > 20
-    for link in [*links, *paths]:
-        path, _, anchor = link.partition("#")
-        if path.startswith(("http", *MADE)) or "huggingface" in path or path.count("/") == 1 and path in REPOSITORIES:
+        if path.startswith("http"):
             continue
-        assert not path or (ROOT / path).exists(), link
-        assert not anchor or anchor in anchors(ROOT / (path or name)), link
-    for names, path in re.findall(r"((?:`[\w.]+`[^`\[\]]{0,12})+)\[(?:[\w/.-]+)\]\(([\w/.-]+\.py)\)", text):
+        file = (ROOT / name).parent / path if path else ROOT / name
+        assert file.exists() and (not anchor or anchor in anchors(file)), link
+        # a page links to pages in its own language
+        other = name.replace("_zh.md", ".md") if "_zh.md" in name else in_chinese(name)
+        if path.endswith(".md") and file.resolve() != ROOT / other:
+            translated = file.with_name(in_chinese(file.name)).exists()
+            assert ("_zh.md" in name) == ("_zh.md" in path) or not translated, link
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_what_is_named_is_there(name):
+    text = prose(TEXTS[name])
+    for path in re.findall(r"`((?:[\w.-]+/)+[\w.-]*|[\w-]+\.(?:py|md|txt))`", text):
+        if path.startswith(MADE) or "huggingface" in path or path.count("/") == 1 and path in REPOSITORIES:
+            continue
+        assert (ROOT / path).exists() or (ROOT / name).parent.joinpath(path).exists(), path
+    for names, path in re.findall(r"((?:`[\w.]+`[^`\[\]]{0,12})+)\[(?:[\w/.-]+)\]\((?:\.\./)*([\w/.-]+\.py)\)", text):
         for one in re.findall(r"`([\w.]+)`", names):
             if not (ROOT / one).exists():
                 assert re.search(rf"(def|class) {one.split('.')[-1]}\b", (ROOT / path).read_text(encoding="utf-8")), one
+
+
+@pytest.mark.parametrize("name", [name for name in TEXTS if "| lines |" in TEXTS[name] or "| 行数 |" in TEXTS[name]])
+def test_lines_of_code_are_told_within_a_tenth(name):
+    rows = re.findall(r"^\|[^|]*\|([^|]*\]\([^|]*)\| ([\d,]+) \|$", TEXTS[name], re.MULTILINE)
+    assert len(rows) >= 8
+    for cell, told in rows:
+        places = [(ROOT / name).parent / link for link in re.findall(r"\]\(([^)]+)\)", cell)]
+        files = {file.resolve() for place in places for file in (place.iterdir() if place.is_dir() else [place])}
+        files = [file for file in files if file.suffix in (".py", ".js", ".css", ".html")]
+        lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+        assert lines * 0.9 <= int(told.replace(",", "")) <= lines * 1.1, f"{cell}: {lines} lines"
+
+
+def test_the_readme_stays_short():
+    assert len(prose(TEXTS["README.md"]).split()) <= 2500
 
 
 REPOSITORIES = (  # on Hugging Face
@@ -309,6 +365,11 @@ REPOSITORIES = (  # on Hugging Face
     "jingyaogong/siglip2-base-p32-256-ve",
     "openai/clip-vit-base-patch16",
     "gongjy/minimind-v_dataset",
+    "jingyaogong/minimind-v-v1-small",
+    "xinyanghuang/minimind-v_multi_image",
+    "BUAADreamer/llava-en-zh-300k",
+    "LinkSoul/Chinese-LLaVA-Vision-Instructions",
+    "liuhaotian/LLaVA-CC3M-Pretrain-595K",
 )
 FOREIGN = {
     "--help",
@@ -317,10 +378,12 @@ FOREIGN = {
     "--threads",
     "--max-restarts",
     "--max-model-len",
-}  # argparse's, hf's, pip's, gunicorn's, torchrun's, vLLM's
+    "--dataset",
+    "--local_dir",
+}  # argparse's, hf's, pip's, gunicorn's, torchrun's, vLLM's, ModelScope's
 
 
-@pytest.mark.parametrize("name", READMES)
+@pytest.mark.parametrize("name", TEXTS)
 def test_flags_are_known(name):
     sources = [
         *ROOT.glob("*.py"),
@@ -330,12 +393,12 @@ def test_flags_are_known(name):
     known = set(re.findall(r'"(--\w+)"', code)) | {
         f"--{name}" for name in re.findall(r'^    "(\w+)": Setting', code, re.MULTILINE)
     }
-    for text in re.findall(r"`([^`\n]*--[^`\n]*)`", prose(READMES[name])):
+    for text in re.findall(r"`([^`\n]*--[^`\n]*)`", prose(TEXTS[name])):
         if not text.startswith("ruff"):
             assert set(re.findall(r"(?<!\S)--[\w-]+", text)) <= known | FOREIGN, text
 
 
 def test_what_is_not_run_is_there_to_be_left_out():
-    lines = [line for _, block in blocks(READMES["README.md"]) for line in re.split(r"\n| && ", block)]
+    lines = [line for page in PAGES for _, block in blocks(TEXTS[page]) for line in re.split(r"\n| && ", block)]
     assert all(any(line.startswith(begin) for line in lines) for begin in NOT_RUN)
     assert SMALL_WORLD in lines

@@ -388,9 +388,9 @@ def test_help_names_every_flag(script):
     assert ("--multi [True|False]" in out) == (script != "1-pretrain_vlm.py")
 
 
-@pytest.mark.parametrize("readme", ["README.md", "README_zh.md"])
-def test_the_readmes_table_of_stages_is_the_codes(readme):
-    text = (ROOT / readme).read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["training.md", "training_zh.md"])
+def test_the_pages_table_of_stages_is_the_codes(page):
+    text = (ROOT / "web" / "docs" / page).read_text(encoding="utf-8")
     table = {
         re.search("`(.+?)`", row)[1]: re.findall(r"`out/512_(\w+)\.pth`", row)
         for row in re.findall(r"^\| `[12]-\w+\.py.*$", text, flags=re.MULTILINE)
