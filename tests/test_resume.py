@@ -220,7 +220,7 @@ def test_torchrun_told_to_end_saves(place, undisturbed, workers):
 
 
 def test_two_machines_of_which_one_dies_and_comes_back(place, undisturbed):
-    """Two torchrun agents that meet on the loopback, as two machines would, started as README.md says."""
+    """Two torchrun agents that meet on the loopback, as two machines would, started as web/docs/several_machines.md says."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
