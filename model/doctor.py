@@ -118,6 +118,8 @@ def other_packages():
     """The packages whose versions are not those of requirements.txt."""
     for line in (Path(__file__).parent.parent / "requirements.txt").read_text(encoding="utf-8").splitlines():
         package = Requirement(line)
+        if package.marker and not package.marker.evaluate():
+            continue  # for another version of Python
         try:
             version = metadata.version(package.name)
         except metadata.PackageNotFoundError:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT, heed_interrupts, write_parquet
+from packaging.requirements import Requirement
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -355,6 +356,15 @@ def test_lines_of_code_are_told_within_a_tenth(name):
         files = [file for file in files if file.suffix in (".py", ".js", ".css", ".html")]
         lines = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
         assert lines * 0.9 <= int(told.replace(",", "")) <= lines * 1.1, f"{cell}: {lines} lines"
+
+
+@pytest.mark.parametrize("file", ["requirements.txt", "tests/requirements.txt"])
+@pytest.mark.parametrize("version", ["3.10", "3.11", "3.12", "3.13", "3.14"])
+def test_each_python_gets_one_version_of_each_package(version, file):
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    packages = [Requirement(line) for line in lines if not line.startswith("#")]
+    names = [one.name for one in packages if not one.marker or one.marker.evaluate({"python_version": version})]
+    assert sorted(names) == sorted({package.name for package in packages})
 
 
 def test_the_readme_stays_short():
