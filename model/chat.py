@@ -74,14 +74,16 @@ class Chat:
         self.max_frames = max(1, min(max_frames, self.max_pictures))
 
         # on a CPU, ONNX Runtime takes the place of PyTorch if it is installed
-        self.session, self.int8 = None, int8
+        self.sessions = None  # for prompts and for steps
         if int8 and self.device.type != "cpu":
             raise BadInput(f"--quantize int8 is for CPUs, and the model is on {device}: use --device cpu")
         if int8 and not has_runtime():
             raise BadInput("--quantize int8 needs ONNX Runtime: pip install onnxruntime onnx")
         on_cpu = self.device.type == "cpu" and dtype == torch.float32 and not not_a_graph(self.config)
         if int8 or (on_cpu and has_runtime()):
-            self.session = language_graph(self.model, int8).session()
+            one_row = language_graph(self.model, int8).session()
+            many_rows = language_graph(self.model, int8, many_rows=True).session() if int8 else one_row
+            self.sessions = many_rows, one_row
         elif on_cpu:
             self.summary += "\nanswers come faster on a CPU after: pip install onnxruntime onnx"
         if int8:
@@ -181,10 +183,10 @@ class Chat:
 
     def new_decoder(self, batch, length):
         """A decoder for a batch of answers of at most `length` tokens with their questions."""
-        # at many rows, PyTorch is as fast
-        if self.session is None or (batch > 1 and not self.int8):
+        if self.sessions is None:
             return Decoder(self.model, batch, length)
-        return OnnxDecoder(self.model, batch, length, self.session)
+        many_rows, one_row = self.sessions
+        return OnnxDecoder(self.model, batch, length, many_rows, one_row if batch == 1 else many_rows)
 
     def attention(self, turns, images, token_ids):
         """Where the model looked: `MiniMindVLM.attention_maps` of an answer's token ids; turns, images: as in `stream`."""

@@ -135,38 +135,39 @@ class GraphDecoder(Decoder):
 
 
 class OnnxDecoder(Decoder):
-    """On a CPU: a step by ONNX Runtime, in a session of `language_graph` that reads and writes these tensors in place."""
+    """On a CPU: by ONNX Runtime, in two sessions of `language_graph`, for prompts and for steps, on the same memory."""
 
-    def __init__(self, model, batch, length, session):
+    def __init__(self, model, batch, length, prompts, steps):
         # in place of Decoder's own cache
         self.model = model
         self.config = config = model.config
-        self.session = session
-        self.binding = session.io_binding()
 
-        # what the graph reads and writes at every step
+        # what both graphs read and write at every step
         self.lengths = torch.zeros(batch, dtype=torch.int32)
         self.longest = torch.zeros((), dtype=torch.int32)
         self.logits = torch.empty(batch, config.vocab_size)
         freqs = rotary_freqs(torch.arange(length)[None], config.head_dim, config.rope_theta)[0, 0]  # (length, C/2)
-        self.bound = {"lengths": self.lengths, "longest": self.longest}
-        self.bound |= {"cos": freqs.real.contiguous(), "sin": freqs.imag.contiguous()}
-        self.bind("bind_output", "logits", self.logits)
+        self.inputs = {"lengths": self.lengths, "longest": self.longest}
+        self.inputs |= {"cos": freqs.real.contiguous(), "sin": freqs.imag.contiguous()}
+        self.outputs = {"logits": self.logits}
 
         # keys and values, the old and the new in the same memory
         self.memory = torch.empty(config.n_layers, 2, batch, config.n_kv_heads, length, config.head_dim)
         for number, layer in enumerate(self.memory):
             for kind, values in zip(("keys", "values"), layer, strict=True):
-                self.bound[f"{kind}.{number}"] = values
-                self.bind("bind_output", f"new_{kind}.{number}", values)
-        for name, tensor in self.bound.items():
-            self.bind("bind_input", name, tensor)
+                self.inputs[f"{kind}.{number}"] = self.outputs[f"new_{kind}.{number}"] = values
+        self.prompts, self.steps = ((session, self.bind(session)) for session in (prompts, steps))
         # in a step a row has one token, so that its position is the row's number
         self.last_of_one = torch.arange(batch)
 
-    def bind(self, how, name, tensor):
-        kind = str(tensor.dtype).removeprefix("torch.")
-        getattr(self.binding, how)(name, "cpu", 0, kind, tuple(tensor.shape), tensor.data_ptr())
+    def bind(self, session):
+        """What the session reads and writes, bound to these tensors."""
+        binding = session.io_binding()
+        for name, tensor in self.inputs.items():
+            bind_to(binding.bind_input, name, tensor)
+        for name, tensor in self.outputs.items():
+            bind_to(binding.bind_output, name, tensor)
+        return binding
 
     def prompt(self, input_ids, image_features=None, attention_mask=None):
         embeddings = self.model.embed(input_ids, image_features)  # (B, T, D)
@@ -176,19 +177,28 @@ class OnnxDecoder(Decoder):
         # the graph wants padding on the right
         order = (torch.arange(width) + (width - counts)[:, None]) % width  # (B, T)
         embeddings = embeddings.gather(1, order[..., None].expand_as(embeddings))
-        self.lengths.copy_(counts - 1)
+
+        # padding is read like a row's own tokens, so that it has numbers, too; the steps overwrite it in the cache
+        self.lengths.fill_(width - 1)
         self.longest.fill_(width)
-        return self.run(embeddings, torch.arange(rows) * width + counts - 1)
+        logits = self.run(*self.prompts, embeddings, torch.arange(rows) * width + counts - 1)
+        self.lengths.copy_(counts - 1)
+        return logits
 
     def step(self, token):
         self.lengths += 1
         self.longest += 1
-        return self.run(self.model.tok_embeddings(token), self.last_of_one)
+        return self.run(*self.steps, self.model.tok_embeddings(token), self.last_of_one)
 
-    def run(self, embeddings, last):
+    def run(self, session, binding, embeddings, last):
         """embeddings (B, T, D), last (B,) -> logits (B, vocab_size)."""
         embeddings = embeddings.float()
-        self.bind("bind_input", "embeddings", embeddings)
-        self.bind("bind_input", "last", last)
-        self.session.run_with_iobinding(self.binding)
+        bind_to(binding.bind_input, "embeddings", embeddings)
+        bind_to(binding.bind_input, "last", last)
+        session.run_with_iobinding(binding)
         return self.logits
+
+
+def bind_to(bind, name, tensor):
+    kind = str(tensor.dtype).removeprefix("torch.")
+    bind(name, "cpu", 0, kind, tuple(tensor.shape), tensor.data_ptr())

@@ -181,7 +181,7 @@ def not_a_graph(config):
     return None
 
 
-def language_graph(model, int8=False):
+def language_graph(model, int8=False, many_rows=False):
     """The graph of a MiniMindLM's layers and output.
 
     Inputs: `embeddings` (B, T, D), padded on the right; `lengths` (B,): tokens of each row, cached and new, minus 1, as the
@@ -194,7 +194,7 @@ def language_graph(model, int8=False):
     reason = not_a_graph(config)
     if reason:
         raise BadInput(f"ONNX Runtime can't run this model: it has {reason}")
-    graph = Graph(int8, many_rows=False)
+    graph = Graph(int8, many_rows)
     attention = {"num_heads": config.n_heads, "kv_num_heads": config.n_kv_heads}
     attention |= {"do_rotary": 1, "rotary_interleaved": 1}
     cache = []
@@ -226,7 +226,8 @@ def language_graph(model, int8=False):
             graph.linear(f"{number}.{name}", normed, getattr(layer.feed_forward, name).weight) for name in ("w1", "w3")
         )
         hidden = graph.add("Mul", [graph.add("QuickGelu", [gate], f"{number}.silu", alpha=1.0), up], f"{number}.hidden")
-        branch = graph.linear(f"{number}.w2", hidden, layer.feed_forward.w2.weight)
+        product = uneven_rows if int8 and many_rows else Graph.linear
+        branch = product(graph, f"{number}.w2", hidden, layer.feed_forward.w2.weight)
 
     # logits of each row's last token only
     normed, _ = graph.norm("norm", model.norm, config.norm_eps, x, branch)
@@ -254,6 +255,19 @@ def norm_of_heads(graph, name, norm, config, x, linear):
     heads = graph.add("Reshape", [heads, apart], f"{name}.heads")
     normed, _ = graph.norm(f"{name}.norm", norm, config.norm_eps, heads)
     return graph.add("Reshape", [normed, graph.tensor(f"{name}.together", torch.tensor([0, 0, -1]))], name)
+
+
+def uneven_rows(graph, name, x, weight):
+    """`Graph.linear` of rows (..., in) some of which are many times as large as others, which would be rounded to zero.
+
+    All rows of an input are rounded to 8 bits on one scale, so they are divided by their largest numbers first.
+    """
+    sizes = graph.add("Abs", [x], f"{name}.sizes")
+    axis = graph.tensor(f"{name}.axis", torch.tensor([-1]))
+    largest = graph.add("ReduceMax", [sizes, axis], f"{name}.largest", keepdims=1)
+    largest = graph.add("Max", [largest, graph.tensor(f"{name}.least", torch.tensor(1e-12))], f"{name}.divisor")
+    even = graph.linear(f"{name}.product", graph.add("Div", [x, largest], f"{name}.even"), weight)
+    return graph.add("Mul", [even, largest], name)
 
 
 def vision_graph(model, int8=False):

@@ -119,7 +119,7 @@ def say(chat, text, seconds=0.0):
         token = script[min(past_key_values.written, len(script) - 1)]
         return CausalLMOutput(logits=F.one_hot(torch.tensor([[token]]), chat.config.vocab_size) * 100.0)
 
-    chat.model.forward, chat.session = forward, None
+    chat.model.forward, chat.sessions = forward, None
     return script
 
 

@@ -228,33 +228,54 @@ def test_attention_is_that_of_the_softmax(chat, pictures):
 
 
 @torch.inference_mode()
-def scores_of_steps(chat, decoder, pictures):
-    """Scores of the next token after two questions of different length, and after each of eight tokens more."""
-    texts = ("?", "左上角是什么颜色?")
+def scores_of_steps(chat, rows, pictures, decoder=None):
+    """Scores of the next token after one question or two of different length, and after each of eight tokens more."""
+    decoder = decoder or chat.new_decoder(rows, 100)
+    texts = ("?", "左上角是什么颜色?")[:rows]
     input_ids, mask = pad_left([ids_of(chat, text, pictures[:1])[0].tolist() for text in texts])
-    scores = [decoder.prompt(input_ids, chat.encode_images(pictures[:2]), mask).clone()]
+    scores = [decoder.prompt(input_ids, chat.encode_images(pictures[:rows]), mask).clone()]
     for token in range(40, 48):
-        scores.append(decoder.step(torch.tensor([[token], [token + 9]])).clone())
+        scores.append(decoder.step(torch.tensor([[token], [token + 9]])[:rows]).clone())
     return torch.stack(scores)
 
 
 @pytest.mark.parametrize("sizes", [{}, {"qk_norm": True}, {"n_heads": 2, "n_kv_heads": 1, "head_dim": 64}], ids=str)
 def test_onnx_runtime_scores_as_pytorch_does(tokenizer, tiny_clip, pictures, tmp_path, sizes):
     chat = Chat(save_random_vlm(tmp_path / "vlm.pth", tokenizer, **sizes), tiny_clip, ROOT / "model" / "demo")
-    assert isinstance(chat.new_decoder(1, 9), OnnxDecoder)
-    expected = scores_of_steps(chat, Decoder(chat.model, 2, 100), pictures)
-    torch.testing.assert_close(
-        scores_of_steps(chat, chat.new_decoder(2, 100), pictures), expected, atol=1e-4, rtol=1e-4
-    )
-
-    # and in 8 bits, which are close
     small = Chat(tmp_path / "vlm.pth", tiny_clip, ROOT / "model" / "demo", int8=True)
-    rounded = scores_of_steps(small, small.new_decoder(2, 100), pictures)
-    assert not torch.equal(rounded, expected)
-    assert F.cosine_similarity(rounded.flatten(), expected.flatten(), dim=0) > 0.99
+    for rows in (1, 2):
+        assert isinstance(chat.new_decoder(rows, 9), OnnxDecoder)
+        expected = scores_of_steps(chat, rows, pictures, Decoder(chat.model, rows, 100))
+        torch.testing.assert_close(scores_of_steps(chat, rows, pictures), expected, atol=1e-4, rtol=1e-4)
+
+        # and in 8 bits, which are close
+        rounded = scores_of_steps(small, rows, pictures)
+        assert not torch.equal(rounded, expected)
+        assert F.cosine_similarity(rounded.flatten(), expected.flatten(), dim=0) > 0.99
     assert list(small.stream("颜色？", pictures[:1], max_new_tokens=5, **GREEDY))
     half = Chat(tmp_path / "vlm.pth", tiny_clip, ROOT / "model" / "demo", dtype=torch.bfloat16, int8=True)
     assert list(half.stream("颜色？", pictures[:1], max_new_tokens=5, **GREEDY))
+
+
+@torch.inference_mode()
+def test_in_8_bits_a_token_with_large_numbers_does_not_spoil_the_others(tokenizer, tiny_clip, pictures, tmp_path):
+    """As in trained models: the first token of a prompt has a hidden unit a thousand times as large as all others."""
+    weights = save_random_vlm(tmp_path / "vlm.pth", tokenizer)
+    state = torch.load(weights)
+
+    # number 0 of a vector is the first token's alone, and so is hidden unit 0, which reads it
+    first = tokenizer.bos_token_id
+    state["tok_embeddings.weight"][:, 0] = 0
+    state["tok_embeddings.weight"][first, 0] = 1
+    state["vision_proj.vision_proj.0.weight"][0] = state["layers.0.attention.wo.weight"][0] = 0
+    for name in ("w1", "w3"):
+        state[f"layers.0.feed_forward.{name}.weight"][0] = 100 * F.one_hot(torch.tensor(0), 64)
+    state["layers.0.feed_forward.w2.weight"][:, 0] = 0
+    torch.save(state, weights)
+
+    exact, small = (Chat(weights, tiny_clip, ROOT / "model" / "demo", int8=int8) for int8 in (False, True))
+    expected, rounded = (scores_of_steps(chat, 2, pictures) for chat in (exact, small))
+    assert F.cosine_similarity(rounded, expected, dim=-1).min() > 0.98
 
 
 def save_encoder(folder, **changes):

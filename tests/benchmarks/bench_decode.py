@@ -15,7 +15,8 @@ streaming alone, on a GPU without what CUDA itself takes.
     stream        Chat.stream, the picture's way through CLIP included in the time to the first token; on a CPU by ONNX
                   Runtime where it is installed, and once more by PyTorch
     stream int8   the same with --quantize int8, for which ONNX Runtime is needed
-    ... of 8      eight such questions at once, as in scoring, tokens of all of them counted
+    ... of 8      eight such questions at once, tokens of all of them counted
+    ... of 64     64 of them at once, 24 tokens each, as in scoring; the time for reading the questions counts, too
 
 --beside llama.cpp writes the same weights as GGUF files and has llama.cpp answer, with as many threads, in turns with
 `Chat.stream`. Both get the same token ids: a question of the same length without a picture, as llama.cpp has no CLIP here.
@@ -110,6 +111,13 @@ def stream(chat, pixels, tokens=TOKENS, question=QUESTION):
     return answer.token_ids, answer.tokens_per_second, answer.first_token_seconds
 
 
+def score_64(chat, input_ids, features, tokens=24):
+    begun = time.perf_counter()
+    with no_end(chat):
+        chat.answer_all(input_ids.tolist() * 64, [features] * 64, batch_size=64, max_new_tokens=tokens)
+    return None, 64 * tokens / (time.perf_counter() - begun), None
+
+
 def best(run, *inputs, times=5):
     """The fastest of several runs: (token ids, tokens/s, seconds to the first token)."""
     return max((run(*inputs) for _ in range(times)), key=lambda result: result[1])
@@ -170,9 +178,11 @@ def main():
         input_ids = chat.encode_prompt(as_conversation(QUESTION, 1, chat.config))
         rows = {"stream": best(stream, chat, pixels)}
         peak = peak_memory(args.device)
-        if chat.session is not None:
-            chat.session = None
+        rows["score of 64"] = best(score_64, chat, input_ids, features, times=3)
+        if chat.sessions is not None:
+            chat.sessions = None
             rows["stream, PyTorch"] = best(stream, chat, pixels)
+            rows["score of 64, PyTorch"] = best(score_64, chat, input_ids, features, times=3)
         for manner in (no_cache, plain_loop, generate):
             rows[manner.__name__.replace("_", " ")] = best(manner, chat, input_ids, features)
         eight = input_ids.expand(8, -1), features.expand(8, -1, -1)
@@ -180,16 +190,19 @@ def main():
         read = sum(weights.nbytes for weights in chat.model.parameters()) - chat.model.tok_embeddings.weight.nbytes
         _, copy = roofs(args.device, chat.dtype)
         if "stream, PyTorch" in rows:
-            rows["stream int8"] = best(stream, load(int8=True), pixels)
+            int8_chat = load(int8=True)
+            rows["stream int8"] = best(stream, int8_chat, pixels)
+            rows["score of 64, int8"] = best(score_64, int8_chat, input_ids, features, times=3)
+            del int8_chat
         beside = beside_llama_cpp(folder, load(), load(int8=True)) if args.beside else {}
     rows |= beside
     base_ids, base_rate, _ = rows["plain loop"]
-    print(f"{'manner':<20}{'tokens/s':>10}{'ratio':>8}{'first token':>14}{'same tokens':>14}")
+    print(f"{'manner':<22}{'tokens/s':>10}{'ratio':>8}{'first token':>14}{'same tokens':>14}")
     for label, (ids, rate, first) in rows.items():
         expected = beside["stream, text"][0] if label in beside else base_ids
-        same = sum(a == b for a, b in zip(ids, expected, strict=True)) / TOKENS
+        same = "" if ids is None else f"{sum(a == b for a, b in zip(ids, expected, strict=True)) / TOKENS:.0%}"
         first = f"{first * 1000:.0f} ms" if first else ""
-        print(f"{label:<20}{rate:>10.1f}{rate / base_rate:>8.2f}{first:>14}{same:>14.0%}")
+        print(f"{label:<22}{rate:>10.1f}{rate / base_rate:>8.2f}{first:>14}{same:>14}")
     result = {
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
