@@ -6,8 +6,9 @@ Optional: `pip install onnxruntime onnx`. A graph is made from a loaded model's 
     vision_graph      normalised pixels (N, 3, S, S)    ->  features (N, P, V)
     add_projector     features (N, P, V)                ->  image embeddings (N, P, D)
 
-In 8 bits, a language model has a scale for every 32 numbers of a row (its time goes into reading matrices), an encoder one
-for each row (its time goes into multiplying). Inputs are rounded to 8 bits too; biases and norms stay in float32.
+In 8 bits, the product for a single row has a scale for every 32 numbers of a matrix's row (its time goes into reading
+matrices), the one for many rows, prompts and pictures, a scale for each row (its time goes into multiplying). Inputs are
+rounded to 8 bits too; biases and norms stay in float32.
 Shapes: B rows, T tokens, D model width, K key/value heads, L columns of the cache, C width of a head; S, N, P, V as in
 vision_utils.py.
 """
