@@ -8,7 +8,7 @@ torchrun --nproc_per_node 2 1-pretrain_vlm.py          # two GPUs
 
 import argparse
 
-from dataset import demo
+from dataset.demo import world
 from model.arguments import add_switch, add_training_arguments, parse_stage
 from model.errors import run_script
 from model.stages import STAGES
@@ -20,7 +20,7 @@ def main():
     add_training_arguments(parser, STAGES["pretrain"])
     add_switch(parser, "--from_scratch", help="start from a random language model instead of a trained one")
     args, stage = parse_stage(parser, lambda args: "pretrain")
-    demo.build_if_asked_for(args.data_path)
+    world.build_if_asked_for(args.data_path)
     train(args, stage, from_scratch=args.from_scratch)
 
 

@@ -9,7 +9,7 @@ torchrun --nproc_per_node 2 2-sft_vlm.py       # two GPUs
 
 import argparse
 
-from dataset import demo
+from dataset.demo import world
 from model.arguments import add_switch, add_training_arguments, parse_stage
 from model.errors import run_script
 from model.stages import STAGES
@@ -21,7 +21,7 @@ def main():
     add_training_arguments(parser, STAGES["sft"])
     add_switch(parser, "--multi", help="train on several pictures per question, from the weights of stage 2")
     args, stage = parse_stage(parser, lambda args: "sft_multi" if args.multi else "sft")
-    demo.build_if_asked_for(args.data_path)
+    world.build_if_asked_for(args.data_path)
     train(args, stage)
 
 

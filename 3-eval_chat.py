@@ -16,7 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dataset import demo
+from dataset.demo import drawing, world
+from dataset.demo.sentences import LANGUAGES, read_scene
 from model.arguments import add_chat_arguments, add_model_arguments, add_switch, load_chat, parse_with_demo, settings_of
 from model.errors import BadInput, run_script
 from model.files import in_repository
@@ -128,13 +129,13 @@ class Terminal:
 
     def draw(self, text):
         """Draws what a line describes, in the demo's way, and shows it to the model."""
-        scene = demo.read_scene(text)
-        picture = demo.draw(scene, random.Random(text))
+        scene = read_scene(text)
+        picture = drawing.draw(scene, random.Random(text))
         file = Path(tempfile.gettempdir()) / "minimind-v-drawing.png"
         picture.save(file)
         self.pixels = [to_pixels(picture, self.chat.encoder.preprocess)]
         self.picking = False
-        print(f"drew {'，'.join(''.join(thing) for thing in scene)}, saved as {file}: ask a question")
+        print(f"{LANGUAGES['en'].caption(scene)} Saved as {file}: ask a question")
 
     def set(self, text):
         name, _, value = text.partition(" ")
@@ -189,7 +190,7 @@ def show_answers(chat, folder, settings):
 
 def show_score(chat, files, images_path, out_dir):
     """A table of exact matches per kind of question for each labelled file."""
-    demo.build_if_asked_for(files)
+    world.build_if_asked_for(files)
     for file in files:
         print(
             f"\n{file}: share of exactly right answers\n{'kind':<12}{'questions':>10}{'right image':>14}{'shuffled image':>17}"
@@ -230,7 +231,7 @@ def main():
         show_answers(chat, folder, settings_of(args))
     files = args.score
     if args.demo and not files:
-        files = [demo.FOLDER / f"score_{name}.json" for name in DEMO_SCORES[args.multi]]
+        files = [world.FOLDER / f"score_{name}.json" for name in DEMO_SCORES[args.multi]]
     if files:
         show_score(chat, files, args.images_path, args.out_dir)
 

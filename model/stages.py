@@ -8,7 +8,7 @@ from .files import in_repository
 # the embedded demo's defaults for flags that training and answering share
 DEMO_MODEL = {
     "dim": 192,
-    "n_layers": 4,
+    "n_layers": 6,
     "n_heads": 6,
     "n_kv_heads": 3,
     "vision_path": in_repository("model/demo"),
@@ -55,7 +55,7 @@ STAGES = {
             "data_path": in_repository("dataset/demo_world/pretrain.json"),
             "from_weights": DEMO_LLM,
         }
-        | {"epochs": 4, "batch_size": 32},
+        | {"epochs": 2, "batch_size": 32},
     ),
     "sft": Stage(
         command="2-sft_vlm.py",
@@ -69,7 +69,7 @@ STAGES = {
             **DEMO_MODEL,
             **DEMO_TRAINING,
             "data_path": in_repository("dataset/demo_world/sft.json"),
-            "epochs": 3,
+            "epochs": 2,
             "batch_size": 16,
         },
     ),
@@ -82,7 +82,7 @@ STAGES = {
         images_path=in_repository("dataset/sft_multi_images"),
         learning_rate=1e-6,
         demo={**DEMO_MODEL, **DEMO_TRAINING, "data_path": in_repository("dataset/demo_world/sft_multi.json")}
-        | {"epochs": 6, "batch_size": 16},
+        | {"epochs": 4, "batch_size": 16},
     ),
 }
 

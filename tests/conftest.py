@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import FLAGS, ROOT, make_place, save_clip, save_random_vlm
 
-from dataset import demo
+from dataset.demo.world import build
 from model.chat import Chat
 from model.checkpoint import load_tokenizer
 
@@ -25,7 +25,7 @@ def tokenizer():
 def world(tmp_path_factory):
     """A small picture world on disk."""
     folder = tmp_path_factory.mktemp("world")
-    demo.build(folder, pictures=48, pairs=12, animations=12, held_out=6, turns=3)
+    build(folder, pictures=48, pairs=12, animations=12, held_out=6, turns=3)
     return folder
 
 

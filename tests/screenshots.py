@@ -10,7 +10,7 @@ from playwright.sync_api import sync_playwright
 from web_server import create_app
 
 FOLDER = Path("web/screenshots")
-SAMPLE = "左上角大红色星形_中间小黑色三角形_左下角小黑色三角形.png"
+SAMPLE = "green-ring_blue-star_purple-triangle.png"
 
 
 def main():
@@ -21,27 +21,31 @@ def main():
     with serving(app) as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
 
-        def ask(locale, scheme, number):
-            """A page on which a sample was picked and one of its questions asked."""
+        def ask(locale, scheme, question):
+            """A page on which a sample was picked and a question asked."""
             size = {"width": 900, "height": 760}
             page = browser.new_page(locale=locale, color_scheme=scheme, viewport=size, device_scale_factor=1.5)
             page.goto(address)
             page.locator(f"#samples img[alt='{SAMPLE}']").click()
-            page.locator("#chips button").nth(number).click()
+            page.locator("#question").fill(question)
+            page.locator("#question").press("Enter")
             return page
 
-        for locale, look, ending in (("en-US", "What it looked at", ""), ("zh-CN", "它看了哪里", "_zh")):
+        for locale, ending, describe, colour, blue, look in (
+            ("en-US", "", "What is in the picture?", "What colour is the star?", "blue", "What it looked at"),
+            ("zh-CN", "_zh", "图中有什么？", "星形是什么颜色的？", "蓝色", "它看了哪里"),
+        ):
             pause[0] = 0.3
-            page = ask(locale, "light", 0)
+            page = ask(locale, "light", describe)
             page.locator(".token").nth(6).wait_for()
             page.screenshot(path=FOLDER / f"answering{ending}.png")
             pause[0] = 0.0
             page.close()
 
-            page = ask(locale, "dark", 1)
+            page = ask(locale, "dark", colour)
             page.get_by_role("button", name=look).click()
-            page.locator(".heat select").select_option("1")
-            page.locator(".token").last.click()
+            page.locator(".heat select").select_option("5")
+            page.locator(".token").filter(has_text=blue).click()
             page.evaluate("window.scrollTo({ top: document.documentElement.scrollHeight })")
             page.wait_for_timeout(600)
             page.screenshot(path=FOLDER / f"looking{ending}.png")

@@ -1,11 +1,11 @@
 """The chat page in a real browser: Chromium, driven by Playwright."""
 
 import base64
+import colorsys
 import io
 import itertools
 import json
 import mimetypes
-import random
 import re
 
 import numpy as np
@@ -14,7 +14,9 @@ from helpers import ROOT, animated, say, serving, video
 from PIL import Image
 from playwright.sync_api import expect
 
-from dataset import demo
+from dataset.demo import drawing
+from dataset.demo.scenes import SHAPES
+from dataset.demo.sentences import LANGUAGES
 from web_server import create_app
 
 LONG = "左上角红色大圆形，右下角蓝色小方形。" * 3
@@ -215,9 +217,9 @@ def test_videos_play_and_the_frames_that_the_model_saw_are_shown(visit, pictures
 def test_samples_and_their_questions(visit):
     page = visit()
     page.locator("#samples button").first.click()
-    expect(page.locator("#thumbnails img")).to_have_attribute("alt", "左上角大红色星形.png")
+    expect(page.locator("#thumbnails img")).to_have_attribute("alt", "green-ring_blue-star_purple-triangle.png")
     page.locator("#chips button").nth(1).click()
-    expect(page.locator(".mine .bubble")).to_have_text("左上角什么颜色？")
+    expect(page.locator(".mine .bubble")).to_have_text("How many rings can you see?")
     expect(bubble(page)).to_have_text(LONG)
 
 
@@ -306,7 +308,8 @@ def test_the_page_takes_as_many_pictures_as_fit(visit, app, pictures):
 
 # --- the drawing pad, in pixels of the drawing: 448 x 448 --------------------------------------------------------------
 
-WHITE, RED, BLUE = (255, 255, 255), demo.COLOURS["红色"], demo.COLOURS["蓝色"]
+WHITE, GREY, BLACK = (255, 255, 255), (0xDE, 0xE2, 0xE6), (0x23, 0x23, 0x28)
+RED, GREEN, BLUE = (0xDE, 0x2D, 0x2D), (0x2D, 0xA5, 0x46), (0x28, 0x50, 0xD2)
 
 
 def choose(page, *names):
@@ -358,40 +361,40 @@ def test_a_drawing_is_attached_and_sent_and_the_next_one_begins_empty(visit):
     attached = page.locator("#thumbnails img")
     expect(attached).to_have_attribute("alt", "drawing.png")
     picture = decoded(attached.get_attribute("src"))
-    grey, green = demo.BACKGROUNDS[1], demo.COLOURS["绿色"]
     assert picture.size == (448, 448)
     found = {point: picture.getpixel(point) for point in [(150, 96), (190, 96), (352, 352), (352, 420), (110, 400)]}
-    assert found == {(150, 96): RED, (190, 96): grey, (352, 352): BLUE, (352, 420): grey, (110, 400): green}
+    assert found == {(150, 96): RED, (190, 96): GREY, (352, 352): BLUE, (352, 420): GREY, (110, 400): GREEN}
     gone = [picture.getpixel(point) for point in [(96, 96), (224, 224), (110, 300)]]  # erased, and undone twice
-    assert gone == [grey] * 3
+    assert gone == [GREY] * 3
 
     with page.expect_request("**/completions") as request:
         ask(page, "?")
     part = request.value.post_data_json["messages"][0]["content"][0]
     assert decoded(part[part["type"]]["url"]).tobytes() == picture.tobytes()
     page.locator("#draw").click()
-    assert drawn(page).getcolors() == [(448 * 448, grey)]
+    assert drawn(page).getcolors() == [(448 * 448, GREY)]
 
 
 def test_the_pads_shapes_and_colours_are_those_of_the_demo(visit):
-    class Exact(random.Random):
-        """Nothing shifted, tilted or tinted."""
-
-        def randint(self, *_):
-            return 0
-
-        def uniform(self, *_):
-            return 0.0
-
     page = visit()
     page.locator("#draw").click()
-    for colour, shape in zip(demo.COLOURS, itertools.cycle(demo.SHAPES), strict=False):
-        choose(page, "清空", colour, shape)
+    chinese = LANGUAGES["zh"].words
+    for name, shape in zip(drawing.COLOURS, itertools.cycle(SHAPES), strict=False):
+        choose(page, "清空", chinese[name], chinese[shape])
         drag(page, (224, 224), (304, 224))
+        picture = drawn(page)
+        # its colour is one that the demo has for the name
+        (h0, h1), *limits = drawing.COLOURS[name]
+        colour = next(c for count, c in sorted(picture.getcolors(448 * 448), reverse=True) if c != WHITE)
+        hue, *others = colorsys.rgb_to_hsv(*(channel / 255 for channel in colour))
+        assert h0 <= hue * 360 <= h1 or h0 <= hue * 360 - 360 <= h1
+        assert all(low - 0.01 <= value <= high + 0.01 for value, (low, high) in zip(others, limits, strict=True)), name
+        # and so is its form
         expected = Image.new("RGB", (224, 224), "white")
-        demo.draw_thing(expected, demo.Thing("中间", "大", colour, shape), Exact(), demo.PLACES)
-        difference = np.asarray(drawn(page).reduce(2), float) - np.asarray(expected)
-        assert np.abs(difference).mean() < 1, (colour, shape)  # only edges differ; circle for square: 2 or more
+        look = drawing.Look(112, 112, 40, colour, colour, tilt=0.5, proportion=0.5, stretch=0)
+        drawing.draw_thing(expected, shape, look, smooth=True)
+        difference = np.asarray(picture.reduce(2), float) - np.asarray(expected)
+        assert np.abs(difference).mean() < 1, (name, shape)  # only edges differ; circle for square: 2 or more
     choose(page, "清空")
     page.get_by_label("其他颜色").fill("#123456")
     drag(page, (224, 224))
@@ -452,7 +455,7 @@ def test_drawing_over_the_attached_picture(visit, pictures, tmp_path):
     expect(page.locator("#thumbnails img")).to_have_count(2)
     picture = decoded(page.locator("#thumbnails img").nth(1).get_attribute("src"))
     points = [(5, 5), (5, 440), (440, 5), (440, 440), (112, 224), (160, 224)]  # squeezed to the square
-    assert [picture.getpixel(point) for point in points] == [RED, RED, BLUE, BLUE, RED, demo.COLOURS["黑色"]]
+    assert [picture.getpixel(point) for point in points] == [RED, RED, BLUE, BLUE, RED, BLACK]
 
     # not offered for one of two, nor for what moves
     page.locator("#draw").click()

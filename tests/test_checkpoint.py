@@ -154,7 +154,7 @@ def test_refusals_name_the_first_difference_and_its_cause(tmp_path, tokenizer):
     refused("has dim 64, expected 128: use --dim 64, or other weights", dim=128)
     refused("has n_layers 2, expected 3: use --n_layers 2", n_layers=3)
     refused("has use_moe False, expected True: use --use_moe False", use_moe=True)
-    refused("vocab_size 6400, expected 476: it was trained with another tokenizer", tokenizer=tokenizer)
+    refused("vocab_size 6400, expected 940: it was trained with another tokenizer", tokenizer=tokenizer)
     refused("vision_width 768, expected 1024: it was trained with another CLIP", vision_width=1024)
     refused(r"layers.0.attention.wk.weight is \(32, 64\), expected \(64, 64\): check --n_heads", n_kv_heads=4)
 
@@ -277,7 +277,7 @@ def test_a_sharded_folder_loads(tmp_path, tokenizer, tiny_clip, form):
     ours = torch.load(weights)
     assert all(torch.equal(tensor, ours[name]) for name, tensor in chat.model.state_dict().items())
     assert encoder_hash(chat.encoder) == encoder_hash(load_vision(tiny_clip))
-    assert "0.5 MB" not in chat.summary and "132,160 parameters of language model and projector" in chat.summary
+    assert "0.7 MB" not in chat.summary and "161,856 parameters of language model and projector" in chat.summary
     reverse(folder, tmp_path / "back.pth")
     (folder / usual.replace(".", "-00002-of-00003.")).unlink()
     with pytest.raises(BadInput, match="00002-of-00003.* not found: copy or download it again"):
@@ -330,7 +330,7 @@ def test_scripts_say_what_they_loaded(tmp_path, tokenizer, tiny_clip):
     flags = ["--weights", path, "--vision_path", tiny_clip, "--tokenizer_path", "model/demo", "--max_new_tokens", 2]
     code, out, err = run_python("3-eval_chat.py", *flags, "--device", "cpu")
     assert code == 0, err
-    assert out.startswith(f"loaded {path}: 0.5 MB, 132,160 parameters of language model and projector\n")
+    assert out.startswith(f"loaded {path}: 0.7 MB, 161,856 parameters of language model and projector\n")
     path.with_suffix(".json").unlink()  # as if made elsewhere
     sizes = ["--dim", 64, "--n_layers", 2, "--n_heads", 4, "--n_kv_heads", 2, "--max_seq_len", 128]
     code, out, err = run_python("3-eval_chat.py", *flags, "--device", "cpu", *sizes)

@@ -9,7 +9,6 @@ from helpers import GENERATIONS, byte_tokenizer, generation_tokenizer, golden
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from dataset import demo
 from dataset.batches import LengthBatches, TokenBatches
 from dataset.dataset import VLMDataset, collate, round_up
 from dataset.records import parse_record
@@ -289,39 +288,6 @@ def test_workers_that_are_spawned_read_the_same(world, tokenizer):
     spawned = DataLoader(dataset, 4, collate_fn=collate, num_workers=1, multiprocessing_context="spawn")
     for batch, own in zip(spawned, DataLoader(dataset, 4, collate_fn=collate), strict=True):
         assert all(torch.equal(batch[name], own[name]) for name in ("input_ids", "labels", "pixel_values"))
-
-
-def test_demo_splits_share_no_scene():
-    import random
-
-    rng = random.Random(0)
-    for split in ("train", "heldout", "unseen"):
-        scenes = [demo.random_scene(rng, split) for _ in range(300)]
-        assert {demo.split_of(scene) for scene in scenes} == {split}
-        pairs = {(thing.colour, thing.shape) for scene in scenes for thing in scene}
-        assert bool(pairs & demo.UNSEEN_PAIRS) == (split == "unseen")
-    for _ in range(200):
-        before, after, _, _ = demo.scene_pair(rng)
-        assert demo.split_of(before) == demo.split_of(after) == "train" and before != after
-
-
-def test_demo_answers_are_true():
-    """Each kind's answer follows from the scene; yes and no come equally often."""
-    import random
-
-    rng = random.Random(0)
-    scene = (demo.Thing("左上角", "大", "红色", "圆形"), demo.Thing("中间", "小", "蓝色", "星形"))
-    seen = {kind: {demo.question(scene, rng, kind) for _ in range(300)} for kind in demo.QUESTIONS}
-    assert {("左上角是什么颜色？", "左上角红色"), ("圆形什么颜色？", "圆形红色")} <= seen["colour"]
-    assert ("蓝色是什么形状？", "蓝色星形") in seen["shape"]
-    assert ("星形是大的还是小的？", "星形小") in seen["size"]
-    assert ("红色圆形在哪里？", "红色圆形左上角") in seen["where"]
-    assert {("有几个图形？", "图形两个"), ("有几个红色图形？", "红色图形一个")} <= seen["count"]
-    assert {("有红色圆形吗？", "红色圆形有"), ("有红色星形吗？", "红色星形没有")} <= seen["exist"]
-    for pairs in seen.values():
-        assert len({asked for asked, _ in pairs}) == len(pairs)  # one question, one answer
-    answers = [demo.question(demo.random_scene(rng), rng, "exist")[1] for _ in range(1000)]
-    assert 0.44 < sum(not answer.endswith("没有") for answer in answers) / 1000 < 0.56
 
 
 def test_batches_of_few_shapes_have_the_same_loss_and_gradient(world, tokenizer):

@@ -70,11 +70,11 @@ def test_all_is_there(home):
     assert code == 0 and marks(found, "ok") == [*found]
     said = {what: text for what, (_, text) in found.items()}
     assert said["encoder"].endswith(": 5 tokens, 48 wide, for a picture of 64x64")
-    assert said["tokenizer"].endswith(": 476 tokens, the ones that out/64_llm.pth was trained with")
+    assert said["tokenizer"].endswith(": 940 tokens, the ones that out/64_llm.pth was trained with")
     content = (home / "out/64_vlm_sft.pth").read_bytes()
     digest = hashlib.sha256(content).hexdigest()[:12]
     assert said["64_vlm_sft.pth"] == (
-        f"out/64_vlm_sft.pth, {len(content) / 1e6:.1f} MB, sha256 {digest}: 132,160 parameters of language model and projector"
+        f"out/64_vlm_sft.pth, {len(content) / 1e6:.1f} MB, sha256 {digest}: 161,856 parameters of language model and projector"
     )
     assert said["pretrain records"].endswith(": 48 records")
     assert said["sft pictures"] == "dataset/sft_images: checked in 22 sampled records"
@@ -145,7 +145,7 @@ def test_what_is_there_is_wrong(home, tokenizer):
     assert code == 1
     for what, says in {
         "encoder": f"{CLIP}/model.safetensors is a Git LFS pointer and not yet the file: run `git lfs pull` in its folder",
-        "tokenizer": "not the published minimind_tokenizer (it has 476 tokens, not 6,400), and no weights here say",
+        "tokenizer": "not the published minimind_tokenizer (it has 940 tokens, not 6,400), and no weights here say",
         "64_llm.pth": "out/64_llm.pth is truncated, or not a file of weights: copy or download it again",
         "64_vlm_pretrain.pth": "has n_layers 2, expected 3: use --n_layers 2, or other weights",
         "64_vlm_sft.pth": "out/64_vlm_sft.pth is a Git LFS pointer and not yet the file: run `git lfs pull` in its folder",
@@ -164,7 +164,7 @@ def test_the_demo(tmp_path, world):
     shutil.copytree(ROOT / "model/demo", tmp_path / "model/demo", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     code, found, verdicts = doctor(tmp_path, "--demo", "--device", "cpu")
     assert code == 0 and marks(found, "missing") == [f"192_vlm_{name}.pth" for name in ("pretrain", "sft", "sft_multi")]
-    assert found["tokenizer"][1].endswith("476 tokens, the ones that model/demo/192_llm.pth was trained with")
+    assert found["tokenizer"][1].endswith("940 tokens, the ones that model/demo/192_llm.pth was trained with")
     assert "will be drawn" in found["sft pictures"][1]
     assert "made by: python 2-sft_vlm.py --demo" in found["192_vlm_sft.pth"][1]
     assert verdicts[:2] == [
@@ -254,8 +254,8 @@ def test_flags_that_fit_no_model_are_refused():
 
 def test_in_what_a_tokenizer_is_not_the_published_one(tmp_path):
     tokenizer = load_tokenizer(ROOT / "model/demo")
-    assert unlike_published(tokenizer) == "it has 476 tokens, not 6,400"
-    tokenizer.add_tokens([f"word {i}" for i in range(6400 - 476)])
+    assert unlike_published(tokenizer) == "it has 940 tokens, not 6,400"
+    tokenizer.add_tokens([f"word {i}" for i in range(6400 - 940)])
     assert unlike_published(tokenizer) == "it has other tokens"
     tokenizer.save_pretrained(tmp_path)
     content = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")

@@ -42,7 +42,7 @@ def test_the_readme_s_ten_lines_answer_without_the_repository(export, chat, pict
     lines = next(code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "AutoProcessor" in code)
     folder = export()
     lines = lines.replace("my-minimind-v", folder.name)
-    lines = lines.replace("dataset/eval_images/左上角大红色星形.png", "picture.png")
+    lines = lines.replace("dataset/eval_images/green-ring_blue-star_purple-triangle.png", "picture.png")
     assert len(lines.splitlines()) <= 10 and lines.strip() == LLAVA_EXAMPLE.format(name=folder.name)
     assert lines in (folder / "README.md").read_text(encoding="utf-8")
     elsewhere = tmp_path / "elsewhere"
@@ -258,7 +258,7 @@ def test_every_folder_has_a_chat_template_and_its_card_names_its_languages(expor
     folder = export(*CODE)
     ours = (ROOT / "model" / "demo" / "chat_template.jinja").read_bytes()
     assert (folder / "chat_template.jinja").read_bytes() == ours
-    assert "language: [zh]" in (folder / "README.md").read_text(encoding="utf-8")
+    assert "language: [zh, en]" in (folder / "README.md").read_text(encoding="utf-8")
 
     # a tokenizer that has none, and one that has it in another place
     tokenizer = tmp_path / "tokenizer"

@@ -11,10 +11,10 @@ HOUSE = """
     model.llava model.vision_utils model.checkpoint
     dataset.records dataset.parquet dataset.pictures dataset.source dataset.dataset dataset.batches
     model.decoder model.generate model.onnx_graphs model.chat model.score model.stages model.arguments model.hf model.onnx_export model.export model.doctor
-    dataset.check dataset.convert dataset.demo
-    model.demo.make_tokenizer model.demo.make_llm model.demo.make_clip
+    dataset.check dataset.convert dataset.demo.scenes dataset.demo.drawing dataset.demo.sentences dataset.demo.world
     model.training.distributed model.training.logs model.training.stats model.training.feature_cache model.training.graphs
     model.training.resume model.training.trainer model.training.plot
+    model.demo.make_tokenizer model.demo.make_llm model.demo.make_clip
     web.requests web.queue web.api web.backend
     1-pretrain_vlm 2-sft_vlm 3-eval_chat web_server
 """

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import GOLDEN, golden, run_python
 
-from dataset import demo
+from dataset.demo.world import build
 
 
 def losses(world, out_dir, *flags):
@@ -29,8 +29,6 @@ def test_the_losses_of_200_steps_are_the_reference(world, tmp_path):
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
-        demo.build(
-            Path(name) / "world", pictures=48, pairs=12, animations=12, held_out=6, turns=3
-        )  # conftest's `world`
+        build(Path(name) / "world", pictures=48, pairs=12, animations=12, held_out=6, turns=3)  # conftest's `world`
         found = losses(Path(name) / "world", Path(name) / "out", "--cache_features", "False")
         (GOLDEN / "losses.json").write_text(json.dumps([round(loss, 6) for loss in found]))

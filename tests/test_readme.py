@@ -25,7 +25,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from dataset import demo
+from dataset.demo.sentences import LANGUAGES, QUESTIONS
 from model.checkpoint import load_tokenizer, save_weights
 from model.conversation import tokenizer_fields
 from model.LMConfig import LMConfig
@@ -68,11 +68,9 @@ NOT_RUN = {
     "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1": "for several machines; test_resume.py runs two of them",
     "torchrun --nnodes 2": "needs two machines; test_resume.py runs two on one",
 }
-SMALL_WORLD = "python -m dataset.demo --pictures 100 --pairs 10 --clips 10"
+SMALL_WORLD = "python -m dataset.demo.world --pictures 100 --pairs 10 --clips 10"
 # what is drawn where the README draws the whole world, which takes longer to draw, to learn and to be asked about
-TINY_WORLD = (
-    "python -c 'from dataset import demo; demo.build(demo.FOLDER, pictures=24, pairs=4, animations=4, held_out=12)'"
-)
+TINY_WORLD = "python -c 'from dataset.demo.world import FOLDER, build; build(FOLDER, pictures=24, pairs=4, animations=4, held_out=12)'"
 # what people put there or programs make
 MADE = (
     "MiniMind2",
@@ -260,8 +258,10 @@ def test_every_command_runs_in_order(clone, server):
     tables = iter(("names.csv", "captions.csv"))
     for language, block in blocks(text):
         if language == "python" and "QUESTIONS[" in block:  # the text says where it belongs
-            source = clone / "dataset" / "demo.py"
-            before, line, after = source.read_text(encoding="utf-8").partition("def question(scene, rng, kind):")
+            source = clone / "dataset" / "demo" / "sentences.py"
+            before, line, after = source.read_text(encoding="utf-8").partition(
+                "def question(language, scene, rng, kind):"
+            )
             assert line
             source.write_text(f"{before}{block}\n\n{line}{after}", encoding="utf-8")
         elif language == "csv":
@@ -274,9 +274,10 @@ def test_every_command_runs_in_order(clone, server):
                 if command.startswith("python web_server.py"):
                     server.start(clone, command)
                 else:
-                    printed[command] = run(clone, TINY_WORLD if command == "python -m dataset.demo" else command)
+                    printed[command] = run(clone, TINY_WORLD if command == "python -m dataset.demo.world" else command)
     table = printed["python 3-eval_chat.py --demo --all"]
-    assert {*demo.QUESTIONS, "side", "all"} <= set(re.findall(r"^(\w+) +\d+ +[\d.]+% +[\d.]+%$", table, re.MULTILINE))
+    kinds = {f"{language} {kind}" for language in LANGUAGES for kind in (*QUESTIONS, "side")}
+    assert kinds | {"all"} <= set(re.findall(r"^(\w+(?: \w+)?) +\d+ +[\d.]+% +[\d.]+%$", table, re.MULTILINE))
     ready = "ready: python 3-eval_chat.py"
     for flags in ("--tokenizer_path MiniMind2-Small", "--dim 768 --tokenizer_path minimind-3"):
         assert f"{ready} {flags}" in printed["python -m model.doctor"]
@@ -304,7 +305,7 @@ def test_both_languages_have_the_same_code_figures_and_headings(page):
         assert ours == theirs, language
     ours, theirs = (re.findall(r'(?:\]\(|src=")([^)"]*\.(?:svg|png))', text) for text in (english, chinese))
     assert [name.replace("_zh.", ".") for name in theirs] == ours
-    assert all("_zh." in name for name in theirs if "/answer" not in name or "screenshots" in name)
+    assert all("_zh." in name for name in theirs if "/eval_images/" not in name)
     ours, theirs = (re.findall(r"^#+", prose(text), re.MULTILINE) for text in (english, chinese))
     assert ours == theirs
     assert english.count("\n|") == chinese.count("\n|")  # rows of tables

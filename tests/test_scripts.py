@@ -17,7 +17,9 @@ from helpers import CHAT, PRETRAIN, ROOT, SFT, TORCHRUN, Place, run_python, save
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from dataset import demo
+from dataset.demo import drawing
+from dataset.demo import world as demo_world
+from dataset.demo.scenes import random_scene
 from model.arguments import add_training_arguments, default_device, pick_dtype
 from model.chat import Chat
 from model.checkpoint import read_metadata, read_weights
@@ -121,7 +123,9 @@ def test_a_clip_of_the_size_of_vit_l_14(place, tokenizer, tmp_path):
     assert read_weights(weights)["vision_proj.vision_proj.0.weight"].shape == (64, 1024)
 
     chat = Chat(weights, clip, ROOT / "model" / "demo")
-    answer = chat.stream("颜色？", [ROOT / "dataset/eval_images/左上角大红色星形.png"], max_new_tokens=3)
+    answer = chat.stream(
+        "颜色？", [ROOT / "dataset/eval_images/green-ring_blue-star_purple-triangle.png"], max_new_tokens=3
+    )
     list(answer)
     assert answer.finish_reason in ("length", "stop")
     asked = answer.ids[0].tolist()
@@ -261,18 +265,18 @@ def test_evaluation_pictures_are_there_and_small():
             assert len(names) in images and question
             for name in names:
                 with Image.open(ROOT / "dataset" / folder / name) as picture:
-                    assert picture.size == (demo.PICTURE, demo.PICTURE)
+                    assert picture.size == (drawing.PICTURE, drawing.PICTURE)
 
 
 def test_world_is_the_same_from_the_same_seed(tmp_path):
     for name in ("a", "b"):
-        demo.build(tmp_path / name, pictures=3, pairs=2, animations=2, held_out=2, turns=2, seed=7)
+        demo_world.build(tmp_path / name, pictures=3, pairs=2, animations=2, held_out=2, turns=2, seed=7)
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
     assert len(files) > 10
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    scene = demo.random_scene(random.Random(1))
-    assert demo.draw(scene, random.Random(2)).tobytes() == demo.draw(scene, random.Random(2)).tobytes()
+    scene = random_scene(random.Random(1))
+    assert drawing.draw(scene, random.Random(2)).tobytes() == drawing.draw(scene, random.Random(2)).tobytes()
 
 
 @pytest.mark.parametrize(
@@ -306,7 +310,11 @@ def test_a_number_out_of_range_is_told_by_its_flag(capsys, flag, value, expected
 
 @pytest.mark.parametrize(
     "command",
-    [["web_server.py", "--port", "99999"], ["-m", "dataset.demo", "--pictures", "0"], [CHAT, "--max_frames", "0"]],
+    [
+        ["web_server.py", "--port", "99999"],
+        ["-m", "dataset.demo.world", "--pictures", "0"],
+        [CHAT, "--max_frames", "0"],
+    ],
 )
 def test_numbers_of_other_scripts_have_a_range_too(command):
     code, _, err = run_python(*command)

@@ -84,7 +84,7 @@ def screen(flags):
 
 def test_a_talk(screen, pictures, tmp_path):
     greeting = screen.until("\npicture> ")
-    assert "64_vlm_sft" in greeting and "dataset/eval_images/左上角大红色星形.png" in greeting
+    assert "64_vlm_sft" in greeting and "dataset/eval_images/green-ring_blue-star_purple-triangle.png" in greeting
 
     screen.type("nowhere.png\n")
     assert "nowhere.png could not be read as a picture (No such file or directory)" in screen.until("\npicture> ")
@@ -105,9 +105,14 @@ def test_a_talk(screen, pictures, tmp_path):
     screen.until(r"\[20 tokens.*\]\n\n> ")
 
     screen.type("/draw small blue star top left, 红色 方形\n")
-    file = re.search(r"drew 左上角小蓝色星形，中间大红色方形, saved as (\S+): ask", screen.until("\n> ")).group(1)
-    drawn = Image.open(file)
-    assert [np.argmax(drawn.getpixel(place)) for place in ((48, 48), (112, 112))] == [2, 0]  # blue, red
+    file = re.search(
+        r"There is a small blue star at the top left and a big red square in the middle. Saved as (\S+): ask",
+        screen.until("\n> "),
+    ).group(1)
+    drawn = np.asarray(Image.open(file), dtype=int)
+    for part, channel in ((drawn[:75, :75], 2), (drawn[75:150, 75:150], 0)):  # blue, red
+        others = np.delete(part, channel, axis=2).max(axis=2)
+        assert (part[..., channel] - others > 60).any()
     screen.type("/draw\n")
     assert "name what to draw, for example: 红色 星形 左上角, small blue circle middle" in screen.until("\n> ")
 
@@ -192,7 +197,7 @@ def test_a_question_that_does_not_fit_is_said_and_forgotten(screen):
 def test_without_a_terminal_it_answers_everything(flags):
     code, out, err = run_python("3-eval_chat.py", *flags, "--max_new_tokens", 3)
     assert code == 0, err
-    assert out.count("问: ") == 14 and "[左上角大红色星形.png]" in out
+    assert out.count("问: ") == 14 and "[green-ring_blue-star_purple-triangle.png]" in out
 
 
 def test_an_empty_answer_says_so(capsys):

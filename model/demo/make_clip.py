@@ -1,14 +1,17 @@
 """Makes the demo's CLIP from scratch: a real but small `CLIPModel`, trained contrastively on the demo's pictures.
 
-    python -m model.demo.make_clip --minutes 30
+    python -m model.demo.make_clip --minutes 3.2 --batch_size 512 --num_workers 9             # on an H100, then
+    python -m model.demo.make_clip --further --minutes 30 --learning_rate 5e-4 --seed 11      # on two CPU cores
 
-Two losses, both contrasts of pictures and texts:
+Three losses, all contrasts of pictures and texts, in Chinese and English:
 - whole pictures against whole captions, CLIP's own loss. A batch holds variants of the same scene that differ in one word:
   in plain random batches, colour and place alone would tell the scenes apart;
 - things against words: the token of the patch in a thing's middle must find each of its four words ("左上角", "大", "红色",
   "圆形") among all words of that sort. The first loss reaches only the class token; without the second, the last layer's
   patch tokens, which MiniMind-V reads, would forget what they show (the idea is RegionCLIP's, Zhong et al. 2022). Words
-  rather than phrases, so that a colour and a shape never seen together are still recognised.
+  rather than phrases, so that a colour and a shape never seen together are still recognised;
+- all other patches against places: they must find "空" rather than a place. So each thing is told by one token, which makes
+  things easy to count.
 
 Held-out scenes are not among its pictures. It prints how well a linear probe reads each word from the patch tokens, and writes
 model/demo/config.json and model.safetensors (float16).
@@ -21,31 +24,34 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
-from dataset import demo
-from model.arguments import COUNT, LEARNING_RATE, MINUTES, SEED, THREADS
+from dataset.demo import drawing
+from dataset.demo.scenes import COLOURS, PLACES, SHAPES, SIZES, random_change, random_scene, split_of
+from dataset.demo.sentences import LANGUAGES
+from model.arguments import COUNT, COUNT_OR_NONE, LEARNING_RATE, MINUTES, SEED, THREADS, add_switch
 from model.conversation import encode
 from model.errors import run_script
 from model.images import Preprocess, normalise, to_pixels
 from model.vision_utils import VisionEncoder
 
 FOLDER = Path(__file__).parent
-WIDTH, LAYERS = 128, 4
-WORDS = [list(demo.PLACES), list(demo.SIZES), list(demo.COLOURS), demo.SHAPES]  # in the order of a Thing's fields
-PREPROCESS = Preprocess(demo.PICTURE)
+WIDTH, LAYERS = 192, 6
+WORDS = [PLACES, SIZES, COLOURS, SHAPES]  # in the order of a Thing's fields
+PREPROCESS = Preprocess(drawing.PICTURE)
 
 
 def new_clip(vocab_size):
     """An untrained CLIP: patch 32, 224 pixels, so 50 tokens like ViT-B/32."""
     config = CLIPConfig(
-        projection_dim=96,
+        projection_dim=128,
         vision_config=dict(
             hidden_size=WIDTH,
             intermediate_size=4 * WIDTH,
             num_hidden_layers=LAYERS,
-            num_attention_heads=4,
-            image_size=demo.PICTURE,
+            num_attention_heads=6,
+            image_size=drawing.PICTURE,
             patch_size=32,
         ),
         text_config=dict(
@@ -54,7 +60,7 @@ def new_clip(vocab_size):
             intermediate_size=384,
             num_hidden_layers=2,
             num_attention_heads=4,
-            max_position_embeddings=64,
+            max_position_embeddings=80,
             bos_token_id=1,
             eos_token_id=0,  # CLIP pools at the first eos token: here the first padding after the text
             pad_token_id=0,
@@ -66,165 +72,194 @@ def new_clip(vocab_size):
     return clip
 
 
-def variant(scene, rng):
-    """The scene with one word of one thing changed; None if the result is not in the training split."""
-    i = rng.randrange(len(scene))
-    thing = scene[i]
-    word = rng.choice(["colour", "shape", "size", "place"])
-    if word == "place":
-        free = [place for place in demo.PLACES if not demo.only(scene, place=place)]
-        new = thing._replace(place=rng.choice(free))
-    elif word == "size":
-        new = thing._replace(size="小" if thing.size == "大" else "大")
-    elif word == "colour":
-        new = thing._replace(colour=rng.choice(list(demo.COLOURS)))
-    else:
-        new = thing._replace(shape=rng.choice(demo.SHAPES))
-    other = tuple(sorted((*scene[:i], new, *scene[i + 1 :]), key=lambda t: list(demo.PLACES).index(t.place)))
-    return other if other != scene and demo.split_of(other) == "train" else None
-
-
 def batch_of_scenes(rng, size):
-    """`size` different scenes, in groups of one and up to three variants of it."""
+    """`size` different scenes, in groups of one and up to three variants of it that differ in one word.
+
+    In one group of four, things have colours without a name: shapes should be known in colours not seen with them.
+    """
     scenes = {}  # an ordered set
     while len(scenes) < size:
-        scene = demo.random_scene(rng)
+        scene, kinds = random_scene(rng), ["reshape", "resize", "move", "recolour"]
+        if rng.random() < 0.25:
+            scene, kinds = tuple(thing._replace(colour=None) for thing in scene), kinds[:3]
         scenes[scene] = None
         for _ in range(3):
-            other = variant(scene, rng)
-            if other and len(scenes) < size:
-                scenes[other] = None
+            variant = random_change(scene, rng, kinds).apply(scene)
+            if split_of(variant) == "train" and len(scenes) < size:
+                scenes[variant] = None
     return list(scenes)
 
 
-def plain_caption(scene):
-    return "；".join("".join(thing) for thing in scene)
+def patch_of(look):
+    """Index of the patch token in a thing's middle; token 0 is the class token."""
+    return 1 + int(look.y) // 32 * 7 + int(look.x) // 32
 
 
-def patch_of(thing):
-    """Index of the patch token at a thing's place; token 0 is the class token."""
-    x, y = demo.PLACES[thing.place]
-    return 1 + y // 32 * 7 + x // 32
+def padded(tokenizer, texts):
+    """Texts -> token ids (n, T), with at least one 0 after each."""
+    ids = encode(tokenizer, texts)
+    input_ids = torch.zeros(len(ids), max(map(len, ids)) + 1, dtype=torch.long)
+    for row, one in enumerate(ids):
+        input_ids[row, : len(one)] = torch.tensor(one)
+    return input_ids
 
 
-def numbers(things, field):
-    """Index of each thing's word among the words of this field: (n,)."""
-    return torch.tensor([WORDS[field].index(thing[field]) for thing in things])
+def drawn(scenes, rng):
+    """Pictures of scenes and the things on them: pixels (B, 3, 224, 224), picture, patch and words (4) of each thing."""
+    pixels, rows, patches, words = [], [], [], []
+    for row, scene in enumerate(scenes):
+        looks = drawing.random_looks(scene, rng)
+        paper = drawing.random_paper(rng, drawing.tones(looks))
+        pixels.append(to_pixels(drawing.paint(looks, paper, smooth=rng.random() < 0.7), PREPROCESS))
+        for thing, look in looks.items():
+            rows.append(row)
+            patches.append(patch_of(look))
+            words.append([known.index(word) if word else -100 for known, word in zip(WORDS, thing, strict=True)])
+    return torch.stack(pixels), torch.tensor(rows), torch.tensor(patches), torch.tensor(words)
+
+
+class Pictures(IterableDataset):
+    """Batches without end: what `drawn` returns, and the captions' token ids (B, T)."""
+
+    def __init__(self, tokenizer, batch_size, seed):
+        self.tokenizer, self.batch_size, self.seed = tokenizer, batch_size, seed
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        rng = random.Random(f"{self.seed} {worker and worker.id}")
+        while True:
+            scenes = batch_of_scenes(rng, self.batch_size)
+            captions = [rng.choice(list(LANGUAGES.values())).caption(scene) for scene in scenes]
+            yield *drawn(scenes, rng), padded(self.tokenizer, captions)
 
 
 def contrast(a, b, scale):
     """CLIP's loss on matching rows of a and b (n, d) (Radford et al. 2021)."""
     logits = scale * F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
-    target = torch.arange(len(a))
+    target = torch.arange(len(a), device=a.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def text_vectors(clip, tokenizer, texts):
-    """(n, projection_dim), before normalising."""
-    ids = encode(tokenizer, texts)
-    width = max(len(one) for one in ids) + 1
-    input_ids = torch.zeros(len(ids), width, dtype=torch.long)
-    for row, one in enumerate(ids):
-        input_ids[row, : len(one)] = torch.tensor(one)
+def text_vectors(clip, input_ids):
+    """Token ids (n, T) -> (n, projection_dim), before normalising."""
     return clip.text_projection(clip.text_model(input_ids=input_ids).pooler_output)
 
 
-def step_loss(clip, tokenizer, scenes, pixels):
-    """Both losses, (pictures against captions, things against words), of a batch of scenes and their normalised pictures."""
+def step_loss(clip, word_ids, pixels, rows, patches, words, captions):
+    """The losses (pictures against captions, things against words, empty patches against places) of a batch.
+
+    word_ids: token ids of a language's words and of its word for nothing, (n, T) for each language; the rest as `Pictures`
+    makes it, pixels normalised.
+    """
     output = clip.vision_model(pixels)
     scale = clip.logit_scale.exp().clamp(max=100)
 
     # whole pictures against whole captions
-    captions = text_vectors(clip, tokenizer, [plain_caption(scene) for scene in scenes])
-    picture_loss = contrast(clip.visual_projection(output.pooler_output), captions, scale)
+    picture_loss = contrast(clip.visual_projection(output.pooler_output), text_vectors(clip, captions), scale)
 
-    # the patch token in the middle of each thing
-    things = [thing for scene in scenes for thing in scene]
-    rows = [row for row, scene in enumerate(scenes) for _ in scene]
-    patches = [patch_of(thing) for thing in things]
-    tokens = clip.vision_model.post_layernorm(output.last_hidden_state[rows, patches])
-    tokens = F.normalize(clip.visual_projection(tokens), dim=-1)  # (things, projection_dim)
+    # all tokens, and those of the patches in the middle of things
+    tokens = clip.vision_model.post_layernorm(output.last_hidden_state)
+    tokens = F.normalize(clip.visual_projection(tokens), dim=-1)  # (B, 50, projection_dim)
+    things = tokens[rows, patches]
 
-    # against the words of each sort: place, size, colour, shape
-    vectors = F.normalize(text_vectors(clip, tokenizer, [word for words in WORDS for word in words]), dim=-1)
-    word_loss = 0.0
-    for field, own in enumerate(vectors.split([len(words) for words in WORDS])):
-        word_loss = word_loss + F.cross_entropy(scale * tokens @ own.T, numbers(things, field))
-    return picture_loss, word_loss
+    # things against the words of each sort: place, size, colour, shape; the other patches against places and nothing
+    places = torch.full(tokens.shape[:2], len(PLACES), device=pixels.device)  # "nothing" comes after the places
+    places[:, 0] = places[rows, patches] = -100
+    word_loss = empty_loss = 0.0
+    for input_ids in word_ids:
+        *vectors, nothing = F.normalize(text_vectors(clip, input_ids), dim=-1).split([*map(len, WORDS), 1])
+        vectors[0] = torch.cat([vectors[0], nothing])
+        for field, own in enumerate(vectors):
+            word_loss = word_loss + F.cross_entropy(scale * things @ own.T, words[:, field])
+        logits = scale * tokens @ vectors[0].T  # (B, 50, places + 1)
+        empty_loss = empty_loss + F.cross_entropy(logits.flatten(0, 1), places.flatten())
+    return picture_loss, word_loss / len(word_ids), empty_loss / len(word_ids)
 
 
 @torch.no_grad()
 def features_of(encoder, rng, split, count):
-    """Patch tokens at the places of things, and the things: ((n, V), list)."""
-    scenes = [demo.random_scene(rng, split) for _ in range(count)]
+    """Patch tokens in the middle of things, and the numbers of their words: (n, V) and (n, 4), on the CPU."""
     vectors, things = [], []
-    for begin in range(0, count, 100):
-        part = scenes[begin : begin + 100]
-        features = encoder(torch.stack([to_pixels(demo.draw(scene, rng), PREPROCESS) for scene in part]))
-        for row, scene in enumerate(part):
-            vectors += [features[row, patch_of(thing)] for thing in scene]
-            things += scene
-    return torch.stack(vectors), things
+    for _ in range(0, count, 100):
+        pixels, rows, patches, words = drawn([random_scene(rng, split) for _ in range(min(count, 100))], rng)
+        vectors.append(encoder(pixels).float().cpu()[rows, patches])
+        things.append(words)
+    return torch.cat(vectors), torch.cat(things)
 
 
-def probe(clip):
-    """Accuracy of a linear probe (least squares) on the patch tokens, per word, on held-out and unseen things."""
-    encoder = VisionEncoder(clip.vision_model)
+def probe(encoder, seen=1500, tested=300):
+    """Accuracy of a linear probe (ridge regression) on the patch tokens, per word, on held-out and unseen things."""
     rng = random.Random(3)
-    x, things = features_of(encoder, rng, "train", 1500)
-    tests = {split: features_of(encoder, rng, split, 300) for split in ("heldout", "unseen")}
-    clip.train().requires_grad_(True)  # the encoder froze it
-
-    # ridge regression on standardised features and a constant
-    mean = x.mean(0)
-    std = x.std(0)
+    x, things = features_of(encoder, rng, "train", seen)
+    mean, std = x.mean(0), x.std(0)
     x = F.pad((x - mean) / std, (0, 1), value=1.0)
-    inverse = torch.linalg.inv(x.T @ x + torch.eye(x.shape[1]))
     result = {}
-    for field, words in enumerate(WORDS):
-        weights = inverse @ x.T @ F.one_hot(numbers(things, field)).float()
-        for split, (test_x, test_things) in tests.items():
-            guess = (F.pad((test_x - mean) / std, (0, 1), value=1.0) @ weights).argmax(1)
-            result[f"{words[0]} {split}"] = round((guess == numbers(test_things, field)).float().mean().item(), 3)
+    for split in ("heldout", "unseen"):
+        test_x, test_things = features_of(encoder, rng, split, tested)
+        test_x = F.pad((test_x - mean) / std, (0, 1), value=1.0)
+        for field, known in enumerate(WORDS):
+            target = F.one_hot(things[:, field], len(known)).float()
+            weights = torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]), x.T @ target)
+            right = (test_x @ weights).argmax(1) == test_things[:, field]
+            result[f"{known[0]} {split}"] = round(right.float().mean().item(), 3)
     return result
+
+
+def save(clip):
+    """Writes a copy in float16."""
+    half = CLIPModel(clip.config).half()
+    half.load_state_dict(clip.state_dict())
+    half.save_pretrained(FOLDER)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--minutes", type=MINUTES, default=30)
+    parser.add_argument("--minutes", type=MINUTES, default=120)
     parser.add_argument("--batch_size", type=COUNT, default=128)
     parser.add_argument("--learning_rate", type=LEARNING_RATE, default=1e-3)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--num_workers", type=COUNT_OR_NONE, default=0, help="processes that draw ahead")
     parser.add_argument("--threads", type=THREADS, default=2)
     parser.add_argument("--seed", type=SEED, default=0)
+    add_switch(parser, "--further", help="train the one that is there further, with another --seed")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    rng = random.Random(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-    clip = new_clip(len(tokenizer)).train()
+    clip = CLIPModel.from_pretrained(FOLDER).float() if args.further else new_clip(len(tokenizer))
+    clip = clip.to(args.device)
+    encoder = VisionEncoder(clip.vision_model, args.device)  # to probe it
+    clip.train().requires_grad_(True)  # the encoder froze it
     optimizer = torch.optim.AdamW(clip.parameters(), lr=args.learning_rate, weight_decay=0.05, fused=True)
+    all_words = [word for known in WORDS for word in known]
+    word_ids = [
+        padded(tokenizer, [*(language.words[word] for word in all_words), language.nothing.strip()]).to(args.device)
+        for language in LANGUAGES.values()
+    ]
+    loader = DataLoader(Pictures(tokenizer, args.batch_size, args.seed), batch_size=None, num_workers=args.num_workers)
     print(sum(p.numel() for p in clip.parameters()), "parameters")
-    begun, step, shown = time.time(), 0, 0.0
-    while (progress := (time.time() - begun) / (60 * args.minutes)) < 1:
+    begun, shown = time.time(), 0.0
+    for step, batch in enumerate(loader):
+        progress = (time.time() - begun) / (60 * args.minutes)
         for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * min(1, (step + 1) / 200) * (1 - progress)
-        scenes = batch_of_scenes(rng, args.batch_size)
-        pixels = torch.stack([to_pixels(demo.draw(s, rng), PREPROCESS) for s in scenes])
-        pixels = normalise(pixels, *PREPROCESS.statistics())
-        with torch.autocast("cpu", torch.bfloat16):
-            picture_loss, word_loss = step_loss(clip, tokenizer, scenes, pixels)
-        (picture_loss + word_loss).backward()
+            group["lr"] = args.learning_rate * min(1, (step + 1) / 200) * max(0, 1 - progress)
+        pixels, *rest = (tensor.to(args.device, non_blocking=True) for tensor in batch)
+        pixels = normalise(pixels, *PREPROCESS.statistics(args.device))
+        # noise, as a camera's or a JPEG's
+        pixels = pixels + 0.1 * torch.rand(len(pixels), 1, 1, 1, device=args.device) * torch.randn_like(pixels)
+        with torch.autocast(args.device, torch.bfloat16):
+            picture_loss, word_loss, empty_loss = step_loss(clip, word_ids, pixels, *rest)
+        (picture_loss + word_loss + empty_loss).backward()
         torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        step += 1
-        if progress - shown > 0.05:
+        if progress - shown > 0.2 or progress >= 1:
             shown = progress
-            minutes = (time.time() - begun) / 60
-            losses = f"pictures {picture_loss:.3f}, words {word_loss:.3f}"
-            print(f"{minutes:.1f} min, step {step}, {losses}", probe(clip), flush=True)
-    print(probe(clip))
-    clip.half().save_pretrained(FOLDER)
+            losses = f"pictures {picture_loss:.3f}, words {word_loss:.3f}, empty {empty_loss:.4f}"
+            print(f"{progress * args.minutes:.1f} min, step {step}, {losses}", probe(encoder), flush=True)
+            save(clip)
+        if progress >= 1:
+            return
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How a server copes with many clients at once: questions about pictures, streamed from any server with OpenAI's API.
 
-    python -m dataset.demo                                           # the questions
+    python -m dataset.demo.world                                           # the questions
     python web_server.py --demo --queue 40                           # one server or both, each in a terminal of its own;
     vllm serve my-minimind-v --max-model-len 512                     # --queue: more than clients
     python tests/benchmarks/bench_load.py http://127.0.0.1:7788/v1 http://127.0.0.1:8000/v1
@@ -132,7 +132,7 @@ def main():
     parser.add_argument("--data", type=Path, default=ROOT / "dataset/demo_world/score_heldout.json")
     args = parser.parse_args()
     if not args.data.exists():
-        raise SystemExit(f"{args.data} not found: python -m dataset.demo makes the demo's")
+        raise SystemExit(f"{args.data} not found: python -m dataset.demo.world makes the demo's")
     questions = read_questions(args.data, args.data.parent / "images")[: args.questions]
     servers = [Server(url) for url in args.urls]
     rows = []

@@ -3,10 +3,10 @@
     python tests/benchmarks/looking.py
 
 Draws scenes of two or three things that no training has shown, and asks about each thing in every way that means no other:
-by its place, its colour, its shape. For each way, the share of the first layer's attention on the picture that falls on the
-patches of that thing as the last word is written. Then, where "what colour is the ring?" was answered with another thing's
-colour, that other thing is painted anew, and the question asked again. Last, how many of a colour, where there are two. After
-`python 1-pretrain_vlm.py --demo && python 2-sft_vlm.py --demo`, two minutes; the last line is JSON.
+by its place, its colour, its shape. For each way, the share of the fifth layer's attention on the picture that falls on the
+patches of that thing as the word asked for is written. Then, where "what colour is the ring?" was answered with another
+thing's colour, that other thing is painted anew, and the question asked again. Last, how many of a colour, where there are
+two. After `python 1-pretrain_vlm.py --demo && python 2-sft_vlm.py --demo`, two minutes; the last line is JSON.
 """
 
 import argparse
@@ -17,105 +17,120 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dataset import demo
+from dataset.demo import drawing
+from dataset.demo.scenes import COLOURS, PLACES, SHAPES, SIZES, UNSEEN_PAIRS, only, random_scene
+from dataset.demo.sentences import LANGUAGES, subjects, values
 from model.chat import Chat
 from model.images import to_pixels
 
-QUESTIONS = {"colour": "{}什么颜色？", "shape": "{}什么形状？", "size": "{}有多大？", "place": "{}在哪里？"}
-WAYS = {"place": ("colour", "shape", "size"), "colour": ("shape", "place"), "shape": ("colour", "size", "place")}
+KINDS = {
+    "colour": COLOURS,
+    "shape": SHAPES,
+    "size": SIZES,
+    "where": PLACES,
+}  # of questions, with the words that answer them
+FIELDS = {"colour": "colour", "shape": "shape", "size": "size", "where": "place"}
+LAYER = 4  # counted from 0: of the six, the one that looks most at the thing that is asked about
+PAPER = Image.new("RGB", (drawing.PICTURE, drawing.PICTURE), (244, 244, 244))
 
 
-def draw(scene, seed):
-    """The scene as a picture (224, 224, 3) in which a seed decides all that its words leave open."""
-    return demo.draw(scene, random.Random(seed))
+class Asker:
+    """Asks about drawn scenes in one language."""
+
+    def __init__(self, chat, language):
+        self.chat, self.language = chat, language
+
+    def ask(self, looks, question):
+        """(the answer, its token ids, the pixels)."""
+        pixels = [to_pixels(drawing.paint(looks, PAPER), self.chat.encoder.preprocess)]
+        answer = self.chat.stream(question, pixels, temperature=0)
+        return "".join(answer), answer.token_ids, pixels
+
+    def word(self, answer, kind):
+        """The word of an answer that a question of this kind asks for, the longest that is there."""
+        found = [word for word in KINDS[kind] if self.language.words[word] in answer]
+        return max(found, key=lambda word: len(self.language.words[word]), default=None)
+
+    def attention(self, question, pixels, token_ids, word):
+        """The fifth layer's attention (49,) on the patches as the last token of a word was written, as shares of 1."""
+        turns = [("user", f"{self.chat.config.image_special_token}\n{question}")]
+        attention = self.chat.attention(turns, pixels, token_ids)
+        pieces = [self.chat.tokenizer.decode(token_ids[: end + 1]) for end in range(len(token_ids))]
+        step = next((i for i, text in enumerate(pieces) if word in text), len(token_ids) - 1)
+        fifth = attention[LAYER, step, 0, 1:].numpy()  # without the class token
+        return fifth / fifth.sum()
 
 
-def painted(scene, thing, colour):
-    return tuple(one._replace(colour=colour) if one is thing else one for one in scene)
+def painted(looks, thing, colour):
+    """The looks with one thing in another colour."""
+    tone = drawing.random_colour(colour, random.Random(0))
+    return {**looks, thing: looks[thing]._replace(colour=tone, shade=tone)}
 
 
-def patches(scene, thing, seed):
+def patches(looks, thing):
     """Which of the 7 x 7 patches the thing covers, by a twentieth or more: those that change with its colour."""
-    before, after = (np.asarray(draw(painted(scene, thing, colour), seed)) for colour in ("红色", "蓝色"))
+    before, after = (np.asarray(drawing.paint(painted(looks, thing, colour), PAPER)) for colour in ("red", "blue"))
     changed = (before != after).any(axis=2).reshape(7, 32, 7, 32).mean(axis=(1, 3))
     return changed.flatten() >= 0.05
 
 
-def ask(chat, picture, question):
-    answer = chat.stream(question, [to_pixels(picture, chat.encoder.preprocess)], temperature=0)
-    return "".join(answer), answer.token_ids
-
-
-def look(chat, picture, question, token_ids):
-    """The first layer's attention (49,) on the patches as it wrote the last token, as shares of 1."""
-    pixels = [to_pixels(picture, chat.encoder.preprocess)]
-    turns = [("user", f"{chat.config.image_special_token}\n{question}")]
-    first = chat.attention(turns, pixels, token_ids)[0, -1, 0, 1:].numpy()  # without the class token
-    return first / first.sum()
-
-
-def ask_all(chat, scenes):
+def ask_all(asker, scenes):
     """One row for each thing, way to name it and property to ask for."""
-    rows = []
+    rows, language = [], asker.language
     for seed, scene in enumerate(scenes):
-        picture = draw(scene, seed)
-        covered = {thing: patches(scene, thing, seed) for thing in scene}
+        looks = drawing.random_looks(scene, random.Random(seed))
+        covered = {thing: patches(looks, thing) for thing in scene}
         for thing in scene:
-            for by, asked_for in WAYS.items():
-                name = getattr(thing, by)
-                if len(demo.only(scene, **{by: name})) > 1:
-                    continue
-                for wanted in asked_for:
-                    question = QUESTIONS[wanted].format(name)
-                    said, token_ids = ask(chat, picture, question)
-                    row = {
-                        "scene": scene,
-                        "seed": seed,
-                        "thing": thing,
-                        "by": by,
-                        "wanted": wanted,
-                        "question": question,
-                    }
-                    row |= {"right": said == f"{name}{getattr(thing, wanted)}", "said": said.removeprefix(name)}
-                    first = look(chat, picture, question, token_ids)
-                    shares = {one: first[covered[one]].sum() for one in scene}
+            for kind, field in FIELDS.items():
+                for by, subject in subjects(language, scene, thing, without=field):
+                    if by == "colour shape":
+                        continue
+                    question = language.questions[kind][0].format(subject=subject)
+                    said, token_ids, pixels = asker.ask(looks, question)
+                    expected = language.answers[kind].format(**{**values(language, thing), "subject": subject})
+                    word = asker.word(said, kind)
+                    row = {"scene": scene, "looks": looks, "thing": thing, "by": by, "kind": kind, "question": question}
+                    row |= {"right": said == language.sentence(expected), "said": word}
+                    shares = asker.attention(question, pixels, token_ids, language.words.get(word, ""))
+                    shares = {one: shares[covered[one]].sum() for one in scene}
                     row |= {"share": shares[thing], "even": covered[thing].mean()}
                     row |= {"looked at it": max(shares, key=shares.get) == thing}
-                    rows.append(row | {"never seen": (thing.colour, thing.shape) in demo.UNSEEN_PAIRS})
+                    rows.append(row | {"never seen": (thing.colour, thing.shape) in UNSEEN_PAIRS})
     return rows
 
 
 def others(row):
-    """Other things of the scene, of which the answer would be true."""
-    return [one for one in row["scene"] if one is not row["thing"] and getattr(one, row["wanted"]) == row["said"]]
+    """Other things of the scene that the answer would be true of."""
+    field = FIELDS[row["kind"]]
+    return [one for one in row["scene"] if one is not row["thing"] and getattr(one, field) == row["said"]]
 
 
-def paint_and_ask_again(chat, wrong):
+def paint_and_ask_again(asker, wrong):
     """What is answered once the thing whose colour was told has each colour that the scene has not."""
     counts = collections.Counter()
     for row in wrong:
         told = others(row)[0]
-        for colour in set(demo.COLOURS) - {one.colour for one in row["scene"]}:
-            if (colour, told.shape) not in demo.UNSEEN_PAIRS:
-                picture = draw(painted(row["scene"], told, colour), row["seed"])
-                said = ask(chat, picture, row["question"])[0].removeprefix(row["thing"].shape)
+        for colour in set(COLOURS) - {one.colour for one in row["scene"]}:
+            if (colour, told.shape) not in UNSEEN_PAIRS:
+                said, _, _ = asker.ask(painted(row["looks"], told, colour), row["question"])
                 kinds = {colour: "new", row["thing"].colour: "right", row["said"]: "as before"}
-                counts[kinds.get(said, "other")] += 1
+                counts[kinds.get(asker.word(said, "colour"), "other")] += 1
     return counts
 
 
-def count_two(chat, scenes):
+def count_two(asker, scenes):
     """Answers to "how many of this colour", where there are two."""
-    counts = collections.Counter()
+    counts, language = collections.Counter(), asker.language
     for seed, scene in enumerate(scenes):
-        for colour, number in collections.Counter(thing.colour for thing in scene).items():
-            if number == 2:
-                subject = f"{colour}图形"
-                counts[ask(chat, draw(scene, seed), f"有几个{subject}？")[0].removeprefix(subject)] += 1
+        looks = drawing.random_looks(scene, random.Random(seed))
+        for colour in {thing.colour for thing in scene if len(only(scene, colour=thing.colour)) == 2}:
+            question = language.questions["count"][0].format(things=language.nouns(colour=colour))
+            counts[asker.ask(looks, question)[0].replace(language.words[colour], "…")] += 1
     return counts
 
 
@@ -124,15 +139,16 @@ def main():
     parser.add_argument(
         "--scenes", type=int, default=200, help="half of them with pairs of colour and shape never seen"
     )
+    parser.add_argument("--language", choices=LANGUAGES, default="en")
     parser.add_argument("--weights", default=str(ROOT / "out" / "192_vlm_sft.pth"))
     args = parser.parse_args()
-    chat = Chat(args.weights, ROOT / "model" / "demo", ROOT / "model" / "demo")
+    asker = Asker(Chat(args.weights, ROOT / "model" / "demo", ROOT / "model" / "demo"), LANGUAGES[args.language])
     rng = random.Random(7)
     splits = ["heldout", "unseen"] * (args.scenes // 2)
-    scenes = [demo.random_scene(rng, split, counts=(2, 3)) for split in splits]
-    rows = ask_all(chat, scenes)
+    scenes = [random_scene(rng, split, counts=(2, 3)) for split in splits]
+    rows = ask_all(asker, scenes)
     result = {}
-    for by in WAYS:
+    for by in ("place", "colour", "shape"):
         asked = [row for row in rows if row["by"] == by]
         result[by] = {"share": round(float(np.mean([row["share"] for row in asked])), 3)}
         result[by]["even"] = round(float(np.mean([row["even"] for row in asked])), 3)
@@ -146,9 +162,9 @@ def main():
                 "true of another thing": sum(bool(others(row)) for row in wrong),
             }
         print(by, result[by], flush=True)
-    shape_for_colour = [row for row in rows if (row["by"], row["wanted"]) == ("shape", "colour") and not row["right"]]
-    result["painted anew"] = paint_and_ask_again(chat, [row for row in shape_for_colour if others(row)])
-    result["of two"] = count_two(chat, scenes)
+    shape_for_colour = [row for row in rows if (row["by"], row["kind"]) == ("shape", "colour") and not row["right"]]
+    result["painted anew"] = paint_and_ask_again(asker, [row for row in shape_for_colour if others(row)])
+    result["of two"] = count_two(asker, scenes)
     print(json.dumps(result, ensure_ascii=False))
 
 

@@ -18,7 +18,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerF
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dataset import demo
+from dataset.demo.drawing import draw
+from dataset.demo.scenes import random_scene
 from dataset.records import make_record
 from model.conversation import encode
 from model.model_vlm import MiniMindVLM
@@ -41,7 +42,7 @@ def make_files(folder, pictures, stage="pretrain", clip=None):
     rng = random.Random(0)
     (folder / "images").mkdir()
     for i in range(pictures):
-        demo.draw(demo.random_scene(rng), rng).resize((128, 128)).save(folder / "images" / f"{i}.jpg", quality=90)
+        draw(random_scene(rng), rng).resize((128, 128)).save(folder / "images" / f"{i}.jpg", quality=90)
     make_records(folder / "data.json", tokenizer, stage, [f"{i}.jpg" for i in range(pictures)])
 
 

@@ -40,8 +40,8 @@ from bench_train import measure, original, parse
 from made_up import ROOT, device_name, make_files, make_model, make_records, roofs, synchronize  # sets sys.path
 from transformers import CLIPVisionConfig
 
-from dataset import demo
 from dataset.dataset import VLMDataset, collate
+from dataset.demo.world import build
 from model.chat import Chat
 from model.checkpoint import Parts, load_tokenizer, save_weights
 from model.conversation import as_conversation, tokenizer_fields
@@ -166,7 +166,10 @@ def correctness(bench):
     features = reference(batch["pixel_values"])
     check("features of CLIP, float32", difference(encoder(batch["pixel_values"]), features), 1e-3)
     limits = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}
-    experts_limits = {**limits, "float16": 3e-2}  # a random router's near ties fall another way, and a token to another expert
+    experts_limits = {
+        **limits,
+        "float16": 3e-2,
+    }  # a random router's near ties fall another way, and a token to another expert
 
     # logits and gradients of one batch, without and with experts; autocast as in training
     for moe in (False, True):
@@ -413,7 +416,7 @@ def run_demo(bench):
     stages += ["2-sft_vlm.py --demo --multi", "3-eval_chat.py --demo --all --multi"]
     if bench.smoke:
         world = bench.folder / "world"
-        demo.build(world, pictures=16, pairs=4, animations=4, held_out=2, turns=2)
+        build(world, pictures=16, pairs=4, animations=4, held_out=2, turns=2)
         places = f"--images_path={world / 'images'}"
         stages = [f"1-pretrain_vlm.py --demo --data_path={world / 'pretrain.json'} {places} --epochs 1"]
         weights = f"--weights={bench.folder / 'demo' / '192_vlm_pretrain.pth'}"

@@ -6,28 +6,28 @@ const SIDE = 448; // pixels of the drawing, twice what the demo's CLIP sees
 const WIDTHS = { brush: 16, eraser: 40 };
 const STEP = 16; // how far an arrow key moves
 
-// the colours and backgrounds of dataset/demo.py, and white
+// colours as dataset/demo/drawing.py has them, and backgrounds
 const COLOURS = {
   red: "#de2d2d", orange: "#f58c19", yellow: "#f5d723", green: "#2da546",
   cyan: "#46cdd7", blue: "#2850d2", purple: "#8c3cb9", black: "#232328",
 };
 const BACKGROUNDS = { white: "#ffffff", grey: "#dee2e6", beige: "#f6ecd6", pale: "#dceaf6" };
 
-// the shapes of dataset/demo.py, at radius 1 around (0, 0), as SVG path data
+// the shapes of dataset/demo/drawing.py, at radius 1 around (0, 0), as SVG path data
 const polygon = (corners) => `M${corners.join("L")}Z`;
 const disc = (r) => `M${r},0A${r},${r},0,1,1,${-r},0A${r},${r},0,1,1,${r},0Z`;
 const around = (count, radius) => Array.from({ length: count }, (_, k) => {
   const angle = (k / count) * 2 * Math.PI;
   return [Math.sin(angle) * radius(k), -Math.cos(angle) * radius(k)];
 });
-const A = 0.32; // half the width of the cross's arms
+const A = 0.29; // half the width of the cross's arms
 const SHAPES = {
   circle: disc(1),
-  square: polygon([[-0.84, -0.84], [0.84, -0.84], [0.84, 0.84], [-0.84, 0.84]]),
-  triangle: polygon(around(3, () => 1.08).map(([x, y]) => [x, y + 0.2])),
-  star: polygon(around(10, (k) => (k % 2 ? 0.45 : 1.1))),
+  square: polygon([[-0.8, -0.8], [0.8, -0.8], [0.8, 0.8], [-0.8, 0.8]]),
+  triangle: polygon(around(3, () => 1.05).map(([x, y]) => [x, y + 0.2])),
+  star: polygon(around(10, (k) => (k % 2 ? 0.45 : 1.05))),
   cross: polygon([[-A, -1], [A, -1], [A, -A], [1, -A], [1, A], [A, A], [A, 1], [-A, 1], [-A, A], [-1, A], [-1, -A], [-A, -A]]),
-  ring: disc(1) + disc(0.58),
+  ring: disc(1) + disc(0.56),
 };
 
 function shapeIcon(shape) {
@@ -70,7 +70,7 @@ export class Pad {
     this.items = []; // what was drawn, in order; see draw()
     this.current = null; // the item that the pointer is drawing
     this.cursor = null; // {x, y} while the arrow keys are used
-    this.radius = 64; // of a shape that is tapped: between the demo's large and small
+    this.radius = 76; // of a shape that is tapped: one of the demo's big ones
     this.layer = make("canvas", { width: SIDE, height: SIDE }); // the items without the background
     this.canvas = this.makeCanvas();
     this.element = make("dialog", { id: "pad", data: { name: "pad" } }, this.canvas, this.makeTools());

@@ -1,0 +1,406 @@
+"""What is said about the demo's scenes, in Chinese and in English: captions, questions with their answers, and changes.
+
+Both languages have the same tables of templates and the same few rules of grammar. A question's language is its answer's. For
+a scene and a question there is one right answer, so that answers can be compared word by word.
+"""
+
+import re
+from functools import partial
+
+from dataset.records import CAPTION_PROMPT
+from model.errors import BadInput
+
+from .scenes import COLOURS, PLACES, SHAPES, SIZES, Thing, free_places, only
+
+KEYS = [*PLACES, *SIZES, *COLOURS, *SHAPES]  # a thing's words, which are English
+
+
+class Chinese:
+    """Words and grammar of Chinese, which has neither plurals nor articles."""
+
+    words = "左上角 上方 右上角 左边 中间 右边 左下角 下方 右下角 大 小 红色 橙色 黄色 绿色 青色 蓝色 紫色 黑色 圆形 方形 三角形 星形 十字形 圆环"
+    words = dict(zip(KEYS, words.split(), strict=True))
+    numbers = ["零", "一", "两", "三", "四"]
+    nothing = "空"
+    punctuation = "，；。"
+
+    questions = {
+        "colour": ["{subject}是什么颜色的？", "{subject}是什么颜色？", "{subject}的颜色是什么？"],
+        "shape": ["{subject}是什么形状的？", "{subject}是什么形状？", "{subject}的形状是什么？"],
+        "size": ["{subject}是大的还是小的？", "{subject}有多大？", "{subject}大不大？"],
+        "where": ["{subject}在哪里？", "{subject}在什么位置？", "{subject}在图中的哪里？"],
+        "count": ["有几个{things}？", "图中一共有多少个{things}？", "图中有几个{things}？"],
+        "exist": ["有{thing}吗？", "图中有没有{thing}？", "图中有{thing}吗？"],
+        "caption": [CAPTION_PROMPT, "图中有什么？", "请描述这张图片。", "请说明画面内容。", "看图说话。"],
+        "change": ["两张图有什么不同？", "第二张图有什么变化？"],
+        "animation": ["动画里有什么变化？", "先后有什么不同？"],
+        "other": [
+            "这是什么动物？",
+            "图中有几个人？",
+            "这是在哪里拍的？",
+            "天气怎么样？",
+            "这张图是谁画的？",
+            "图中的人在做什么？",
+            "有没有猫？",
+            "这是什么车？",
+        ],
+    }
+    short_questions = {
+        "colour": ["{place}是什么颜色？"],
+        "shape": ["{place}是什么？", "{place}是什么形状？"],
+        "size": [],
+    }
+    openings = ["请问，", "请问", "你好，", "请告诉我，"]
+    answers = {
+        "colour": "{subject}是{colour}的。",
+        "shape": "{subject}是{shape}。",
+        "size": "{subject}是{size}的。",
+        "where": "{subject}在{place}。",
+        "empty": "{place}没有图形。",
+        "yes": "有，图中有{thing}。",
+        "no": "没有，图中没有{thing}。",
+        "other": "图里只有彩色的图形。",
+        "recolour": "{subject}变成了{colour}。",
+        "reshape": "{subject}变成了{shape}。",
+        "move": "{subject}移到了{place}。",
+        "remove": "{subject}不见了。",
+        "add": "{place}多了一个{thing}。",
+    }
+    bigger_or_smaller = {"big": "{subject}变大了。", "small": "{subject}变小了。"}
+
+    def noun(self, colour=None, size=None, shape=None):
+        """As in 红色的大星形, 红色的图形, 星形."""
+        colour = f"{self.words[colour]}的" if colour else ""
+        return f"{colour}{self.words.get(size, '')}{self.words.get(shape, '图形')}"
+
+    nouns = noun  # no plural
+
+    def a(self, noun):
+        return noun
+
+    def the(self, noun):
+        return noun
+
+    def at(self, place):
+        return self.words[place]
+
+    def the_thing_at(self, place):
+        return f"{self.words[place]}的图形"
+
+    def count(self, number, **words):
+        return f"图中有{self.numbers[number]}个{self.noun(**words)}。" if number else f"图中没有{self.noun(**words)}。"
+
+    def caption(self, scene):
+        """As in 左上角有一个红色的大星形，中间有一个黑色的小三角形。"""
+        parts = [f"{self.at(t.place)}有一个{self.noun(t.colour, t.size, t.shape)}" for t in scene]
+        return "，".join(parts) + "。"
+
+    def sentence(self, text):
+        return text
+
+    def as_typed(self, question, rng):
+        """The question as somebody might type it."""
+        question = rng.choice(self.openings) + question if rng.random() < 0.15 else question
+        return question.rstrip("？。") if rng.random() < 0.1 else question
+
+
+class English:
+    """Words and grammar of English."""
+
+    words = {word: word for word in KEYS}
+    numbers = ["no", "one", "two", "three", "four"]
+    nothing = " nothing"
+    punctuation = ",;."
+
+    questions = {
+        "colour": ["What colour is {subject}?", "Which colour is {subject}?", "What is the colour of {subject}?"],
+        "shape": ["What shape is {subject}?", "What is {subject}?"],
+        "size": ["Is {subject} big or small?", "How big is {subject}?", "What size is {subject}?"],
+        "where": ["Where is {subject}?", "Where in the picture is {subject}?", "In which place is {subject}?"],
+        "count": [
+            "How many {things} are there?",
+            "How many {things} are in the picture?",
+            "How many {things} can you see?",
+        ],
+        "exist": ["Is there {thing}?", "Is there {thing} in the picture?", "Can you see {thing}?"],
+        "caption": [
+            "Describe the picture.",
+            "What is in the picture?",
+            "What do you see?",
+            "Please describe this image.",
+        ],
+        "change": ["What is different in the second picture?", "What has changed?"],
+        "animation": ["What happens in the animation?", "What changes?"],
+        "other": [
+            "What animal is this?",
+            "How many people are there?",
+            "Where was this taken?",
+            "What is the weather like?",
+            "Who painted this?",
+            "What is the man doing?",
+            "Is there a cat?",
+            "What kind of car is this?",
+        ],
+    }
+    short_questions = {
+        "colour": ["What colour is it {place}?"],
+        "shape": ["What is {place}?", "Which shape is {place}?", "What shape is {place}?"],
+        "size": [],
+    }
+    openings = ["Please tell me: ", "Hello! ", "Tell me: ", "Look: "]
+    answers = {
+        "colour": "{subject} is {colour}.",
+        "shape": "{subject} is {a_shape}.",
+        "size": "{subject} is {size}.",
+        "where": "{subject} is {place}.",
+        "empty": "there is no shape {place}.",
+        "yes": "yes, there is {thing}.",
+        "no": "no, there is no {bare_thing}.",
+        "other": "I only see coloured shapes.",
+        "recolour": "{subject} turned {colour}.",
+        "reshape": "{subject} turned into {a_shape}.",
+        "move": "{subject} moved to the {bare_place}.",
+        "remove": "{subject} is gone.",
+        "add": "{thing} appeared {place}.",
+    }
+    bigger_or_smaller = {"big": "{subject} got bigger.", "small": "{subject} got smaller."}
+
+    def noun(self, colour=None, size=None, shape=None):
+        """As in big red star, red shape, star."""
+        return " ".join(word for word in (size, colour, shape or "shape") if word)
+
+    def nouns(self, **words):
+        noun = self.noun(**words)
+        return f"{noun}es" if noun.endswith("s") else f"{noun}s"
+
+    def a(self, noun):
+        return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+    def the(self, noun):
+        return f"the {noun}"
+
+    def at(self, place):
+        before = {"left": "on", "right": "on", "middle": "in"}.get(place, "at")
+        return f"{before} the {place}"
+
+    def the_thing_at(self, place):
+        return f"the shape {self.at(place)}"
+
+    def count(self, number, **words):
+        if number == 1:
+            return f"there is one {self.noun(**words)}."
+        return f"there are {self.numbers[number]} {self.nouns(**words)}."
+
+    def caption(self, scene):
+        """As in There is a big red star at the top left and a small black triangle in the middle."""
+        parts = [f"{self.a(self.noun(t.colour, t.size, t.shape))} {self.at(t.place)}" for t in scene]
+        first = ", ".join(parts[:-1])
+        return f"There is {first} and {parts[-1]}." if first else f"There is {parts[-1]}."
+
+    def sentence(self, text):
+        """With a capital letter."""
+        return text[0].upper() + text[1:]
+
+    def as_typed(self, question, rng):
+        """The question as somebody might type it."""
+        question = rng.choice(self.openings) + question if rng.random() < 0.15 else question
+        question = question.replace("colour", "color") if rng.random() < 0.2 else question
+        question = question.rstrip("?.") if rng.random() < 0.1 else question
+        return question.lower() if rng.random() < 0.1 else question
+
+
+LANGUAGES = {"zh": Chinese(), "en": English()}
+
+
+# --- about one scene ------------------------------------------------------------------------------------------------
+
+
+def subjects(language, scene, thing, without):
+    """Ways to name a thing, (by what, the words), that mean no other thing of the scene and don't use the field `without`."""
+    words = {"place": thing.place, "colour": thing.colour, "shape": thing.shape}
+    ways = [] if without == "place" else [("place", language.the_thing_at(thing.place))]
+    for fields in (["colour"], ["shape"], ["colour", "shape"]):
+        chosen = {field: words[field] for field in fields}
+        if without not in fields and len(only(scene, **chosen)) == 1:
+            ways.append((" ".join(fields), language.the(language.noun(**chosen))))
+    return ways
+
+
+def values(language, thing):
+    """A thing's words, as templates of answers take them."""
+    words = {field: language.words[getattr(thing, field)] for field in ("colour", "size", "shape")}
+    noun = language.noun(thing.colour, thing.size, thing.shape)
+    return {
+        **words,
+        "a_shape": language.a(words["shape"]),
+        "place": language.at(thing.place),
+        "bare_place": language.words[thing.place],
+        "thing": language.a(noun),
+        "subject": language.the_thing_at(thing.place),
+    }
+
+
+def ask_property(kind, language, scene, rng):
+    """What colour, shape or size a thing has; one time in twelve about a place that is empty."""
+    if rng.random() < 1 / 12:
+        thing = Thing(rng.choice(free_places(scene)), *scene[0][1:])
+        by, subject = "place", language.the_thing_at(thing.place)
+        answer = language.answers["empty"]
+    else:
+        thing = rng.choice(scene)
+        by, subject = rng.choice(subjects(language, scene, thing, without=kind))
+        answer = language.answers[kind]
+    templates = language.questions[kind]
+    if by == "place":
+        # English has another way to ask for the shape at a place than "what shape is the shape at"
+        short = language.short_questions[kind]
+        templates = short if kind == "shape" else templates + short
+    question = rng.choice(templates).format(subject=subject, place=language.at(thing.place))
+    return question, answer.format(**{**values(language, thing), "subject": subject})
+
+
+def ask_where(language, scene, rng):
+    thing = rng.choice(scene)
+    ways = subjects(language, scene, thing, without="place")
+    if not ways:
+        return None
+    _, subject = rng.choice(ways)
+    answer = language.answers["where"].format(**{**values(language, thing), "subject": subject})
+    return rng.choice(language.questions["where"]).format(subject=subject), answer
+
+
+def ask_count(language, scene, rng):
+    """How many shapes there are, of a size, a colour or a kind; one time in twelve of a colour that isn't there."""
+    thing = rng.choice(scene)
+    words = rng.choice([{}, {"size": thing.size}, {"colour": thing.colour}, {"shape": thing.shape}])
+    if rng.random() < 1 / 12:
+        words = {"colour": rng.choice([colour for colour in COLOURS if not only(scene, colour=colour)])}
+    question = rng.choice(language.questions["count"]).format(things=language.nouns(**words))
+    return question, language.count(len(only(scene, **words)), **words)
+
+
+def ask_exist(language, scene, rng):
+    """Yes as often as no; what is not there differs by one word from something that is."""
+    thing, wanted = rng.choice(scene), rng.random() < 0.5
+    # for a no, change a word until nothing in the scene matches
+    while True:
+        colour, shape = thing.colour, thing.shape
+        if not wanted:
+            colour, shape = rng.choice([(rng.choice(COLOURS), shape), (colour, rng.choice(SHAPES))])
+        words = rng.choice([{"colour": colour, "shape": shape}, {"colour": colour}, {"shape": shape}])
+        if bool(only(scene, **words)) == wanted:
+            break
+    noun = language.noun(**words)
+    question = rng.choice(language.questions["exist"]).format(thing=language.a(noun))
+    return question, language.answers["yes" if wanted else "no"].format(thing=language.a(noun), bare_thing=noun)
+
+
+def ask_caption(language, scene, rng):
+    return rng.choice(language.questions["caption"]), language.caption(scene)
+
+
+def ask_other(language, scene, rng):
+    """Something that no scene shows."""
+    return rng.choice(language.questions["other"]), language.answers["other"]
+
+
+QUESTIONS = {kind: partial(ask_property, kind) for kind in ("colour", "shape", "size")}
+QUESTIONS |= {"where": ask_where, "count": ask_count, "exist": ask_exist, "caption": ask_caption, "other": ask_other}
+
+
+def question(language, scene, rng, kind):
+    """(a question of this kind, its answer), or None if the scene allows none."""
+    asked = QUESTIONS[kind](language, scene, rng)
+    return asked and (language.as_typed(asked[0], rng), language.sentence(asked[1]))
+
+
+def questions(scene, rng, count):
+    """`count` different (question, answer) pairs, of random kinds and languages; few about what isn't shown."""
+    weights = [0.2 if kind == "other" else 1 for kind in QUESTIONS]
+    answers = {}
+    while len(answers) < count:
+        language = rng.choice(list(LANGUAGES.values()))
+        pair = question(language, scene, rng, rng.choices(list(QUESTIONS), weights)[0])
+        if pair:
+            answers.setdefault(*pair)
+    return list(answers.items())
+
+
+# --- about changes --------------------------------------------------------------------------------------------------
+
+
+def change_in_words(language, change):
+    """As in 左上角的图形变成了红色。 or The shape at the top left turned red."""
+    template = language.bigger_or_smaller[change.new.size] if change.kind == "resize" else language.answers[change.kind]
+    named = language.the_thing_at((change.old or change.new).place)
+    return language.sentence(template.format(**{**values(language, change.new or change.old), "subject": named}))
+
+
+# --- a scene in words -----------------------------------------------------------------------------------------------
+
+
+def scene_in_words(language, scene, rng, form):
+    """The scene as text: what the language model reads where a picture will be later."""
+    comma, semicolon, stop = language.punctuation
+    glue = " " if language.punctuation == ",;." else ""
+
+    def join(words):
+        return glue.join(language.words[word] for word in words)
+
+    if form == "caption":
+        return language.caption(scene)
+    if form == "pairs":  # two words of a thing at a time
+        pairs = [join((a, b)) for thing in scene for a in thing for b in thing if a != b]
+        return (comma + glue).join(rng.sample(pairs, len(pairs))) + stop
+    if form == "words":  # all four words of each thing, each time in another order
+        return (semicolon + glue).join(join(rng.sample(thing, 4)) for thing in rng.sample(scene, len(scene))) + stop
+    # every place in reading order, with what is there
+    found = {thing.place: glue + join((thing.colour, thing.size, thing.shape)) for thing in scene}
+    return (semicolon + glue).join(
+        language.words[place] + found.get(place, language.nothing) for place in PLACES
+    ) + stop
+
+
+FORMS = ["caption", "words", "pairs", "places"]
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+FIELDS = {"place": PLACES, "size": SIZES, "colour": COLOURS, "shape": SHAPES}
+FILLERS = r"的|在|有|图中|一个|\b(an?|the|at|on|in|is|are|and|there)\b"
+
+
+def read_scene(text):
+    """The scene that words or sentences describe, Chinese or English: things between commas, each with a colour and a shape.
+
+    A thing is big where no size is named, and in the first free place, beginning in the middle, where no place is. BadInput
+    says what is missing or not understood.
+    """
+    example = "for example: 红色 星形 左上角, small blue circle middle"
+    chinese = {word: key for key, word in LANGUAGES["zh"].words.items()}
+    scene = []
+    for part in filter(str.strip, re.split(r"[,，;；、。.]|\band\b", text.lower())):
+        # Chinese words become English ones; then take out each field's word
+        rest = re.sub("|".join(chinese), lambda match: f" {chinese[match[0]]} ", part)
+        words = {}
+        for field, known in FIELDS.items():
+            found = re.findall(rf"\b({'|'.join(sorted(known, key=len, reverse=True))})\b", rest)
+            if len(found) > 1:
+                raise BadInput(
+                    f"{part.strip()} has two words for its {field}, {' and '.join(found)}: put a comma between things"
+                )
+            words[field] = found[0] if found else None
+            rest = re.sub(rf"\b{found[0]}\b", " ", rest) if found else rest
+        rest = re.sub(FILLERS, " ", rest)
+        if rest.strip():
+            raise BadInput(f"{rest.strip()} is not a word for a place, size, colour or shape here; {example}")
+        if not (words["colour"] and words["shape"]):
+            raise BadInput(f"{part.strip()} should name a colour and a shape; {example}")
+        free = sorted(free_places(scene), key=lambda place: place != "middle")
+        place = words["place"] or next(iter(free), None)
+        if place not in free:
+            raise BadInput(f"{part.strip()} has no place of its own: there are {', '.join(PLACES)}, each for one thing")
+        scene.append(Thing(place, words["size"] or "big", words["colour"], words["shape"]))
+    if not scene:
+        raise BadInput(f"name what to draw, {example}")
+    return tuple(scene)
