@@ -11,10 +11,14 @@ import argparse
 import contextlib
 import os
 import random
+import re
 import shlex
 import sys
 import tempfile
 from pathlib import Path
+
+if __name__ == "__main__" and sys.stdin.isatty() and sys.stdout.isatty():  # PyTorch alone takes seconds
+    print("loading / 正在加载 ...", flush=True)
 
 from dataset.demo import drawing, world
 from dataset.demo.sentences import LANGUAGES, read_scene
@@ -28,14 +32,66 @@ from model.stages import DEMO_ANSWERING, STAGES
 
 # what the demo's answers are scored on, without and with --multi
 DEMO_SCORES = {False: ("heldout", "unseen"), True: ("multi", "clips", "clips_shuffled")}
-HELP = """\
+NUMBERS = r"\d+(?:(?:[\s,，、]|and|和)+\d+)*"  # 3, 1 2, 1,2, 1 and 2
+# what the talk in a terminal says; errors are English
+TEXTS = {
+    "en": {
+        "greeting": "/help lists the commands, exit leaves.",
+        "pick": "Pictures in {folder}: type a number or a path,\nseveral to compare them, or just Enter for no picture.",
+        "picture": "picture",
+        "showing": "showing {names}: ask a question",
+        "no picture": "no picture",
+        "and": " and ",
+        "frames": "{count} frames of {name}",
+        "examples": "Type a question, or a letter for one of these:",
+        "describe": "Describe the picture.",
+        "several": "(this model learned about single pictures; --multi starts the one for several)",
+        "drawn": "{caption} Saved as {file}: ask a question",
+        "set": "{name} is {value} now",
+        "stop": "  (exit leaves)",
+        "stopped": "stopped",
+        "comma": ", ",
+        "length": "{count} tokens",
+        "speed": "{rate:.0f} tokens/s, the first after {seconds:.2f} s",
+        "help": """\
 /image FILE ...    show these pictures or videos: paths, or numbers from the list
 /draw THINGS       draw a picture: /draw 红色 星形 左上角, small blue circle middle
 /clear             drop the pictures and pick again
-/set NAME VALUE    one of {settings}; without a name, show them
-/help  /exit       this text; leave (or Ctrl-D)
-Anything else is a question. Each stands alone: the model sees its pictures, not what was said before.
-Ctrl-C stops an answer."""
+/set NAME VALUE    change how answers are drawn: /set temperature 0.8; /set alone shows all
+/help  /exit       this text; leave (or help, exit, quit, Ctrl-D)
+A path or numbers from the list show other pictures; anything else is a question.
+Each stands alone: the model sees its pictures, not what was said before.
+Ctrl-C stops an answer.""",
+    },
+    "zh": {
+        "greeting": "/help 列出命令，exit 退出。",
+        "pick": "{folder} 里的图片：输入编号或路径，几张一起可以比较，直接回车则不看图片。",
+        "picture": "图片",
+        "showing": "正在看 {names}：请提问",
+        "no picture": "空白（没有图片）",
+        "and": " 和 ",
+        "frames": "{name} 的 {count} 帧",
+        "examples": "输入问题，或者用字母选一个：",
+        "describe": "请描述这张图片。",
+        "several": "（这个模型只学过单张图片；加 --multi 启动学过多张图片的模型）",
+        "drawn": "{caption}已保存为 {file}：请提问",
+        "set": "{name} 现在是 {value}",
+        "stop": "  （exit 退出）",
+        "stopped": "已停止",
+        "comma": "，",
+        "length": "{count} 个 token",
+        "speed": "每秒 {rate:.0f} 个，第一个用了 {seconds:.2f} 秒",
+        "help": """\
+/image 文件 ...    看这些图片或视频：路径，或列表里的编号
+/draw 图形         画一张图：/draw 红色 星形 左上角, small blue circle middle
+/clear             放下图片，重新选
+/set 名称 数值     改变生成设置：/set temperature 0.8；只写 /set 则全部列出
+/help  /exit       显示这段文字；退出（也可以输入 help、exit、quit 或按 Ctrl-D）
+输入路径或列表里的编号会换图片，其余的都当作问题。
+每个问题单独回答：模型看得到图片，看不到前面说过的话。
+Ctrl-C 停止回答。""",
+    },
+}
 
 
 # --- in a terminal --------------------------------------------------------------------------------------------------
@@ -44,37 +100,43 @@ Ctrl-C stops an answer."""
 class Terminal:
     """A chat in a terminal: the pictures it is about, and how answers are sampled."""
 
-    def __init__(self, chat, folder, settings):
+    def __init__(self, chat, folder, settings, lang, single):
+        """single: whether the model learned about single pictures only."""
         self.chat = chat
+        self.folder = folder
         self.settings = settings
+        self.lang = lang
+        self.texts = TEXTS[lang]
+        self.single = single
         self.available = sorted(file for file in folder.iterdir() if file.suffix != ".json")
         self.pixels = []
+        self.examples = {}  # letter -> question about the pictures
         self.picking = True  # the next line names pictures
         self.commands = {
             "/image": self.pick,
             "/draw": self.draw,
-            "/clear": self.clear,
             "/set": self.set,
             "/help": self.help,
+            "help": self.help,
         }
 
     def run(self):
-        """Reads and answers until `/exit` or the end of the input."""
+        """Reads and answers until `exit` or the end of the input."""
         with contextlib.suppress(ImportError):  # Windows' terminal has line editing of its own
             import readline  # noqa: F401  gives input() its editing and its history
-        print("/help lists the commands.")
+        print(self.texts["greeting"])
         self.clear()
         while True:
             try:
-                line = input("\npicture> " if self.picking else "\n> ").strip()
+                line = input(f"\n{self.texts['picture'] if self.picking else ''}> ").strip()
                 line.encode()
-                if line in ("/exit", "/quit"):
+                if line.lower() in ("exit", "quit", "/exit", "/quit"):
                     return
                 self.handle(line)
             except BadInput as problem:
                 print(problem)
             except KeyboardInterrupt:
-                print("  (/exit leaves)")
+                print(self.texts["stop"])
             except UnicodeError:
                 print("this was not UTF-8 text: set the terminal to UTF-8")
             except EOFError:
@@ -88,44 +150,79 @@ class Terminal:
     def handle(self, line):
         """Runs a command, picks pictures, or asks a question."""
         command, _, rest = line.partition(" ")
-        if command in self.commands:
+        if line in ("/clear", "/image"):
+            self.clear()
+        elif command in self.commands and (rest == "" or command.startswith("/")):
             self.commands[command](rest.strip())
-        elif self.picking or os.path.isfile(line):
+        elif self.picking or os.path.isfile(line) or re.fullmatch(NUMBERS, line):
             self.pick(line)
         elif line.startswith("/"):
             raise BadInput(f"there is no {command}; /help lists the commands")
+        elif line.lower() in self.examples:
+            question = self.examples[line.lower()]
+            print(question)
+            self.ask(question)
         elif line:
             self.ask(line)
 
-    def clear(self, _=""):
+    def clear(self):
         self.pixels = []
         self.picking = True
-        print("Available pictures (type a number or a file, several to compare them, nothing to ask without one):")
+        print(self.texts["pick"].format(folder=self.folder))
         for number, file in enumerate(self.available, 1):
-            print(f"{number:>3}  {file}")
+            print(f"{number:>3}  {file.name}")
 
     def pick(self, text):
         """Reads the pictures that a line names: one file, or several files and numbers."""
-        # a file whose name has spaces, or several words
-        text = text.strip()
-        try:
-            names = [text] if os.path.isfile(text) else shlex.split(text, posix=os.name == "posix")
-        except ValueError:
-            raise BadInput(
-                f"{text} names no picture, and has an open quotation mark: press Enter alone to ask without a picture"
-            ) from None
-        numbered = {str(number): file for number, file in enumerate(self.available, 1)}
-        files = [numbered.get(name, Path(os.path.expanduser(name.strip("'\"")))) for name in names]
+        files = self.files_in(text)
 
         # a picture is one list of pixels, a video several; what was shown before is replaced
         seen = [self.chat.load_frames([file]) for file in files]
         self.pixels = [pixels for frames in seen for pixels in frames]
-        self.picking = False
         names = [
-            f"{len(frames)} frames of {file.name}" if len(frames) > 1 else file.name
+            self.texts["frames"].format(count=len(frames), name=file.name) if len(frames) > 1 else file.name
             for file, frames in zip(files, seen, strict=True)
         ]
-        print(f"showing {' and '.join(names) or 'no picture'}: ask a question")
+        print(self.texts["showing"].format(names=self.texts["and"].join(names) or self.texts["no picture"]))
+        self.show_examples(files)
+
+    def files_in(self, text):
+        """The files that a line names, by number or path."""
+        numbered = {str(number): file for number, file in enumerate(self.available, 1)}
+        if os.path.isfile(text):  # its name may have spaces
+            names = [text]
+        elif re.fullmatch(NUMBERS, text):
+            names = re.findall(r"\d+", text)
+        else:
+            try:
+                names = shlex.split(text, posix=os.name == "posix")
+            except ValueError:  # an open quotation mark
+                names = text.split()
+        files = [numbered.get(name, Path(os.path.expanduser(name.strip("'\"")))) for name in names]
+
+        # what can't be meant as a file, such as a question
+        for name in names:
+            if name.isdecimal() and name not in numbered and not os.path.isfile(name):
+                raise BadInput(f"there is no picture {name}: the list has 1 to {len(numbered)}")
+        if names and not any(file.suffix or os.path.exists(file) for file in files):
+            raise BadInput(f"{text} names no picture: pick one first, or press Enter alone to ask without a picture")
+        return files
+
+    def show_examples(self, files):
+        """Questions in the chosen language about these pictures, to pick by a letter; the next line asks."""
+        self.picking = False
+        asked = [(paths, text.replace("<image>", "").strip()) for paths, text in read_questions(self.folder)]
+        chinese = self.lang == "zh"
+        own = [text for paths, text in asked if files and paths == files and is_chinese(text) == chinese]
+        if len(self.pixels) == 1:
+            own.append(self.texts["describe"])
+        self.examples = dict(zip("abcdefgh", dict.fromkeys(own), strict=False))
+        if len(self.pixels) > 1 and self.single:
+            print(self.texts["several"])
+        if self.examples:
+            print(self.texts["examples"])
+        for letter, question in self.examples.items():
+            print(f"{letter:>3}  {question}")
 
     def draw(self, text):
         """Draws what a line describes, in the demo's way, and shows it to the model."""
@@ -134,8 +231,8 @@ class Terminal:
         file = Path(tempfile.gettempdir()) / "minimind-v-drawing.png"
         picture.save(file)
         self.pixels = [to_pixels(picture, self.chat.encoder.preprocess)]
-        self.picking = False
-        print(f"{LANGUAGES['en'].caption(scene)} Saved as {file}: ask a question")
+        print(self.texts["drawn"].format(caption=LANGUAGES[self.lang].caption(scene), file=file))
+        self.show_examples([file])
 
     def set(self, text):
         name, _, value = text.partition(" ")
@@ -145,9 +242,10 @@ class Terminal:
             raise BadInput(f"there is no setting {name}: it should be one of {', '.join(SETTINGS)}")
         else:
             self.settings[name] = SETTINGS[name].read(name, value.strip())
+            print(self.texts["set"].format(name=name, value=self.settings[name]))
 
     def help(self, _):
-        print(HELP.format(settings=", ".join(SETTINGS)))
+        print(self.texts["help"])
 
     def ask(self, question):
         """Prints the answer as it comes, then how fast it came; Ctrl-C ends it."""
@@ -155,16 +253,18 @@ class Terminal:
         try:
             show_answer(answer)
         except KeyboardInterrupt:
-            print(" [stopped]", end="")
+            print(f" [{self.texts['stopped']}]", end="")
 
         # how long the answer is, and how fast it came
-        figures = [f"{len(answer.token_ids)} tokens"]
+        figures = [self.texts["length"].format(count=len(answer.token_ids))]
         if answer.tokens_per_second:
-            figures += [
-                f"{answer.tokens_per_second:.0f} tokens/s",
-                f"the first after {answer.first_token_seconds:.2f} s",
-            ]
-        print(f"\n[{', '.join(figures)}]")
+            rate, seconds = answer.tokens_per_second, answer.first_token_seconds
+            figures.append(self.texts["speed"].format(rate=rate, seconds=seconds))
+        print(f"\n[{self.texts['comma'].join(figures)}]")
+
+
+def is_chinese(text):
+    return bool(re.search("[\u4e00-\u9fff]", text))
 
 
 def show_answer(answer):
@@ -183,21 +283,32 @@ def show_answer(answer):
 def show_answers(chat, folder, settings):
     """Prints every question of the evaluation folder, and its answer as it is written."""
     for paths, question in read_questions(folder):
+        question = question.replace("<image>", "").strip()
         print(f"\n[{' + '.join(path.name for path in paths)}]\n问: {question}\n答: ", end="", flush=True)
         show_answer(chat.stream(question, chat.load_frames(paths), **settings))
         print()
 
 
 def show_score(chat, files, images_path, out_dir):
-    """A table of exact matches per kind of question for each labelled file."""
+    """Some answers, wrong ones first, and a table of exact matches per kind of question, for each labelled file."""
     world.build_if_asked_for(files)
     for file in files:
-        print(
-            f"\n{file}: share of exactly right answers\n{'kind':<12}{'questions':>10}{'right image':>14}{'shuffled image':>17}"
-        )
-        for kind, (count, own, others) in score(chat, file, images_path, out_dir).items():
+        table, asked = score(chat, file, images_path, out_dir)
+        print(f"\n{file}: some answers, wrong ones first")
+        for question, label, answer in sorted(asked, key=lambda one: one[1] == one[2])[:3]:
+            question, label, answer = (" ".join(text.split()) for text in (question, label, answer))
+            print(f"  {question:.60} expected: {label:.60} given: {answer:.60}")
+        print("share of exactly right answers; shuffled image: asked about another picture, where guessing gets as far")
+        print(f"{'kind':<12}{'questions':>10}{'right image':>14}{'shuffled image':>17}")
+        for kind, (count, own, others) in table.items():
             shuffled = "-" if others is None else f"{others:.1%}"
             print(f"{kind:<12}{count:>10}{own:>14.1%}{shuffled:>17}")
+
+
+def default_lang():
+    """zh where the locale is Chinese, otherwise en."""
+    name = next(filter(None, map(os.environ.get, ("LC_ALL", "LC_MESSAGES", "LANG"))), "")
+    return "zh" if name.startswith("zh") else "en"
 
 
 def main():
@@ -220,12 +331,19 @@ def main():
         default=STAGES["sft"].images_path,
         help="folder or archive of the pictures of --score (default %(default)s)",
     )
+    parser.add_argument(
+        "--lang",
+        choices=TEXTS,
+        default=default_lang(),
+        help="language of the talk in a terminal (default: the locale's)",
+    )
     args = parse_with_demo(parser, DEMO_ANSWERING)
     chat = load_chat(args)
     print(chat.summary)
     folder = Path(in_repository("dataset/eval_multi_images" if args.multi else "dataset/eval_images"))
     if not (args.all or args.score) and sys.stdin.isatty() and sys.stdout.isatty():
-        Terminal(chat, folder, settings_of(args)).run()
+        single = not (args.multi or args.weights)
+        Terminal(chat, folder, settings_of(args), args.lang, single).run()
         return
     if args.all or not args.score:
         show_answers(chat, folder, settings_of(args))

@@ -12,7 +12,8 @@ gunicorn --threads 32 'web_server:create_app("--demo")'
 GET  /                      the chat page                  GET  /v1/models        the model that is served
 POST /v1/chat/completions   an answer, streamed or whole   GET  /health           status of the server
 POST /attention             where the model looked         GET  /info             what the chat page needs to know
-GET  /training              the page of training curves    GET  /training/runs    the data of its curves
+POST /check                 whether a picture can be read  GET  /training         the page of training curves
+                                                           GET  /training/runs    the data of its curves
 """
 
 import argparse

@@ -16,14 +16,17 @@ from .errors import BadInput
 
 
 def score(chat, data_path, images_path, out_dir=None, seed=0):
-    """Exact match on a labelled file: {kind: (questions, right with its own picture, right with another record's)}.
+    """Exact match on a labelled file -> (table, answers).
+
+    table: {kind: (questions, right with its own picture, right with another record's)}; "all" sums the kinds up. The last
+    number shows how far guessing from the question alone gets; None if all records have the same picture.
+    answers: (question, label, answer) of each record.
 
     Asks each record's first question with a picture, after the turns before it; an answer is right if it equals the label.
-    `kind` groups records; "all" sums them up. The last number shows how far guessing from the question alone gets; None if
-    all records have the same picture. data_path, images_path, out_dir: as in `Source`.
+    data_path, images_path, out_dir: as in `Source`.
     """
     # read all questions and labels
-    kinds, questions, labels, names = [], [], [], []
+    kinds, texts, questions, labels, names = [], [], [], [], []
     source = Source(data_path, images_path, out_dir)
     for where, record in source.records():
         turns, images = parse_record(record, where, chat.config.image_special_token)
@@ -41,6 +44,7 @@ def score(chat, data_path, images_path, out_dir=None, seed=0):
             questions.append(chat.encode_prompt(turns[:length])[0].tolist())
         except BadInput as problem:
             raise BadInput(f"{where}: {problem}") from None
+        texts.append("".join(split_at_images(text, chat.config.image_special_token)).strip())
         labels.append(turns[length][1])
         names.append(tuple(images[:num_pictures]))
 
@@ -70,18 +74,19 @@ def score(chat, data_path, images_path, out_dir=None, seed=0):
 
     # count right answers per kind
     counts = defaultdict(lambda: [0, 0, 0])  # kind -> questions, right, right with swapped pictures
-    for kind, label, own, other in zip(kinds, labels, own_answers, other_answers, strict=True):
+    for kind, label, own_answer, other_answer in zip(kinds, labels, own_answers, other_answers, strict=True):
         for row in (counts[kind], counts["all"]):
             row[0] += 1
-            row[1] += own == label
-            row[2] += other == label
+            row[1] += own_answer == label
+            row[2] += other_answer == label
     counts["all"] = counts.pop("all")  # last
 
     only_one = len(features) == 1
-    return {
+    table = {
         kind: (total, right / total, None if only_one else right_swapped / total)
         for kind, (total, right, right_swapped) in counts.items()
     }
+    return table, list(zip(texts, labels, own_answers, strict=True))
 
 
 def read_questions(folder):

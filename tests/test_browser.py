@@ -98,10 +98,10 @@ def bubble(page, number=-1):
 
 def test_ask_watch_stop_ask_again(visit, app, pictures):
     page = visit()
-    expect(page.locator("#model")).to_have_text("64_vlm_sft · 0.1M 参数")
+    expect(page.locator("#model")).to_have_text("64_vlm_sft · 0.2M 参数")
     drop(page, *pictures[:2])
     expect(page.locator("#thumbnails img")).to_have_count(2)
-    page.locator("#thumbnails button").nth(1).click()
+    page.locator("#thumbnails .remove").nth(1).click()
     expect(page.locator("#thumbnails img")).to_have_count(1)
 
     ask(page, "左上角什么颜色？")
@@ -218,8 +218,12 @@ def test_samples_and_their_questions(visit):
     page = visit()
     page.locator("#samples button").first.click()
     expect(page.locator("#thumbnails img")).to_have_attribute("alt", "green-ring_blue-star_purple-triangle.png")
-    page.locator("#chips button").nth(1).click()
-    expect(page.locator(".mine .bubble")).to_have_text("How many rings can you see?")
+    chinese, english = "左下角的图形的颜色是什么？", "How many rings can you see?"
+    expect(page.locator("#chips button")).to_have_text([chinese, english, "请描述这张图片。"])
+    page.locator("#language").click()  # the questions in the page's language come first
+    expect(page.locator("#chips button")).to_have_text([english, chinese, "Describe the picture."])
+    page.locator("#chips button").first.click()
+    expect(page.locator(".mine .bubble")).to_have_text(english)
     expect(bubble(page)).to_have_text(LONG)
 
 
@@ -279,8 +283,8 @@ def test_output_is_shown_as_text_never_as_html(visit, app):
 @pytest.mark.parametrize(
     "locale, words, says",
     [
-        ("zh-CN", "描述这张图片。", "（模型什么也没写。）"),
-        ("en-US", "Describe this picture.", "(The model wrote nothing.)"),
+        ("zh-CN", "请描述这张图片。", "（模型什么也没写。）"),
+        ("en-US", "Describe the picture.", "(The model wrote nothing.)"),
     ],
 )
 def test_a_picture_alone_is_a_question_and_an_empty_answer_says_so(visit, app, pictures, locale, words, says):
@@ -504,15 +508,16 @@ def test_the_pad_by_keyboard(visit):
     page.locator("#draw").press("Enter")
     canvas = page.get_by_role("application", name="Canvas")
     expect(canvas).to_be_focused()
-    page.get_by_role("button", name="Square").press("Enter")
-    expect(page.get_by_role("button", name="Square")).to_have_attribute("aria-pressed", "true")
+    pad = page.locator("#pad")
+    pad.get_by_role("button", name="Square").press("Enter")
+    expect(pad.get_by_role("button", name="Square")).to_have_attribute("aria-pressed", "true")
     expect(page.get_by_role("button", name="Brush")).to_have_attribute("aria-pressed", "false")
     canvas.focus()
-    for key in ["ArrowRight"] * 5 + ["ArrowUp"] * 3 + ["+"] * 2 + ["Enter"]:  # to (304, 176), with a radius of 80
+    for key in ["ArrowRight"] * 5 + ["ArrowUp"] * 3 + ["+"] * 2 + ["Enter"]:  # to (304, 176), with a radius of 92
         page.keyboard.press(key)
     page.get_by_role("button", name="Use the drawing").press("Enter")
     picture = decoded(page.locator("#thumbnails img").get_attribute("src"))
-    side = round(0.84 * 80)
+    side = round(0.8 * 92)
     assert np.asarray(picture)[..., 0].min() == RED[0]  # no trace of the cursor, which is black
     assert picture.getpixel((304 + side - 2, 176 + side - 2)) == picture.getpixel((304 - side + 2, 176)) == RED
     assert picture.getpixel((304 + side + 2, 176)) == picture.getpixel((224, 224 + side + 2)) == WHITE
@@ -527,7 +532,7 @@ def test_everything_on_the_pad_has_a_name_in_both_languages(visit, locale):
         .locator("button, input, canvas, [role=group]")
         .evaluate_all("all => all.map((one) => one.getAttribute('aria-label') ?? one.textContent)")
     )
-    assert len(names) == len(set(names)) == 1 + 3 + 8 + 9 + 5 + 4
+    assert len(names) == len(set(names)) == 1 + 3 + 8 + 9 + 6 + 4
     assert all(name and name != "undefined" for name in names)
     assert all(bool(re.search("[\u4e00-\u9fff]", name)) == (locale == "zh-CN") for name in names)
 
@@ -542,14 +547,173 @@ def test_problems_are_shown(visit, tmp_path):
     expect(page.locator("#notice")).to_contain_text("note.txt 不是图片")
     (tmp_path / "photo.HEIC").write_bytes(b"?")  # browsers know no type for it
     page.locator("#files").set_input_files(tmp_path / "photo.HEIC")
-    expect(page.locator("#thumbnails li")).to_have_count(1)
-    page.locator("#thumbnails button").click()
+    expect(page.locator("#notice")).to_contain_text(
+        "读不了 photo.HEIC，换一个试试"
+    )  # at once, not when it is asked about
+    expect(page.locator("#thumbnails li")).to_have_count(0)
+    error = page.locator("#notice").evaluate("notice => getComputedStyle(notice).color")
     page.locator("#question").fill("第一行")
     page.locator("#question").press("Shift+Enter")
     page.locator("#question").press_sequentially("第二行")
     page.locator("#question").press("Enter")
     expect(page.locator(".mine .bubble")).to_have_text("第一行\n第二行")
     expect(bubble(page)).to_have_text(LONG)
+    page.get_by_role("button", name="复制").click()
+    expect(page.locator("#notice")).to_have_text("已复制")
+    assert (
+        page.locator("#notice").evaluate("notice => getComputedStyle(notice).color") != error
+    )  # good news looks otherwise
+
+
+@pytest.mark.parametrize(
+    "locale, long, busy",
+    [
+        ("zh-CN", "图片和问题一共 999 个 token，模型最多读 512 个", "现在提问的人太多"),
+        (
+            "en-US",
+            "Pictures and question are 999 tokens, and the model reads at most 512",
+            "Too many questions at once",
+        ),
+    ],
+)
+def test_the_servers_refusals_are_in_the_language_of_the_page(visit, app, locale, long, busy):
+    page = visit(locale)
+    events = []
+    page.route("**/completions", lambda route: route.fulfill(content_type="text/event-stream", body=events.pop()))
+    for says, text in (
+        ("the question has 999 tokens, the model reads at most 512", long),
+        (app.api.queue.busy().description, busy),
+    ):
+        events.append(f"data: {json.dumps({'error': {'message': says}})}\n\n")
+        ask(page, "?")
+        expect(bubble(page)).to_contain_text(text)
+
+
+def test_a_picture_is_enlarged_and_its_size_and_frames_are_shown(visit, pictures, tmp_path):
+    wide = tmp_path / "wide.png"
+    Image.new("RGB", (300, 100), RED).save(wide)
+    page = visit("en-US")
+    drop(page, wide, animated(tmp_path / "moves.gif", [Image.open(path) for path in pictures[:3]]))
+    expect(page.locator("#thumbnails .size")).to_have_text(["300×100", "224×224 · sees 3 frames"])
+    ask(page, "?")
+    expect(page.locator(".mine .size")).to_have_text(["300×100", "224×224 · sees 3 frames"])
+    page.locator(".mine .enlarge").first.click()
+    expect(page.locator("#viewer img")).to_have_attribute("alt", "wide.png")
+    expect(page.locator("#viewer")).to_contain_text("wide.png")
+    assert page.locator("#viewer img").bounding_box()["width"] > page.locator(".mine img").first.bounding_box()["width"]
+    page.keyboard.press("Escape")  # closes the picture, and leaves the answer alone
+    expect(page.locator("#viewer")).to_be_hidden()
+    expect(bubble(page)).to_have_text(LONG)
+    page.locator("#thumbnails .enlarge").nth(1).click()
+    page.locator("#viewer").click()
+    expect(page.locator("#viewer")).to_be_hidden()
+
+
+def test_a_new_chat_can_be_taken_back(visit, pictures):
+    page = visit("en-US")
+    drop(page, pictures[0])
+    ask(page, "What?")
+    expect(bubble(page)).to_have_text(LONG)
+    page.get_by_role("button", name="New chat").click()
+    expect(page.locator(".exchange")).to_have_count(0)
+    expect(page.locator("#thumbnails li")).to_have_count(0)
+    page.get_by_role("button", name="Bring back the last one").click()
+    expect(bubble(page)).to_have_text(LONG)
+    expect(page.locator("#thumbnails li")).to_have_count(1)
+    expect(page.locator("#welcome")).to_be_hidden()
+    expect(page.locator("#notice")).to_be_hidden()
+
+
+def test_a_reload_keeps_the_talk(visit, pictures):
+    page = visit("en-US")
+    drop(page, pictures[0])
+    ask(page, "First?")
+    expect(page.locator(".speed")).to_contain_text("tokens/s")
+    ask(page, "Second?")
+    expect(bubble(page)).to_contain_text("左")
+    page.reload()  # amid an answer
+    expect(page.locator(".mine .bubble")).to_have_text(["First?", "Second?"])
+    expect(bubble(page, 0)).to_have_text(LONG)
+    expect(page.locator(".speed").nth(1)).to_contain_text("stopped")
+    expect(page.locator("#thumbnails img")).to_have_attribute("alt", pictures[0].name)
+    page.get_by_role("button", name="What it looked at").first.click()
+    expect(page.locator(".heat canvas")).to_have_count(1)
+    page.get_by_role("button", name="Regenerate").nth(1).click()
+    expect(bubble(page)).to_have_text(LONG)
+    page.get_by_role("button", name="New chat").click()
+    page.reload()
+    expect(page.locator("#samples img")).to_have_count(7)
+    expect(page.locator(".exchange")).to_have_count(0)
+
+
+def test_pictures_too_large_to_keep_are_said_to_be(visit, pictures, tmp_path):
+    large = tmp_path / "large.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), dtype=np.uint8)).save(large)
+    page = visit("en-US")
+    drop(page, pictures[0], large)
+    expect(page.locator("#notice")).to_contain_text("The browser can't hold all pictures")
+    ask(page, "What?")
+    expect(bubble(page)).to_have_text(LONG)
+    page.reload()
+    expect(page.locator(".mine .gone")).to_have_text("Picture too large to keep over a reload")
+    expect(page.locator(".mine img")).to_have_count(1)
+    expect(bubble(page)).to_have_text(LONG)
+    expect(page.get_by_role("button", name="Regenerate")).to_have_count(0)  # it would be another question
+    expect(page.locator("#thumbnails img")).to_have_count(1)
+
+
+def test_a_question_is_edited_and_asked_again(visit, pictures):
+    page = visit("en-US")
+    drop(page, pictures[0])
+    ask(page, "What shape?")
+    expect(bubble(page)).to_have_text(LONG)
+    page.locator("#thumbnails .remove").click()
+    page.get_by_role("button", name="Edit and ask again").click()
+    expect(page.locator("#question")).to_have_value("What shape?")
+    page.keyboard.press("End")
+    page.keyboard.press("Backspace")
+    page.keyboard.type(" is it?")
+    page.keyboard.press("Enter")
+    expect(page.locator(".mine .bubble").nth(1)).to_have_text("What shape is it?")
+    expect(page.locator(".mine").nth(1).locator("img")).to_have_attribute("alt", pictures[0].name)
+
+
+def test_a_button_leads_to_the_newest_answer(visit, pictures):
+    page = visit("en-US")
+    down = page.get_by_role("button", name="To the bottom")
+    drop(page, *pictures[:4])
+    for number in range(4):
+        ask(page, "?")
+        expect(page.locator(".speed")).to_have_count(number + 1)
+    expect(down).to_be_hidden()
+    page.mouse.move(500, 300)
+    page.mouse.wheel(0, -5000)
+    down.click()
+    expect(page.locator(".speed").last).to_be_in_viewport()
+    expect(down).to_be_hidden()
+
+
+@pytest.mark.parametrize("width", [320, 360, 390, 430])
+def test_the_header_and_the_heat_map_fit_phones(visit, pictures, width):
+    for locale in ("zh-CN", "en-US"):
+        page = visit(locale, width=width)
+        box = page.locator("header .title").bounding_box()
+        model = page.locator("#model").bounding_box()
+        end = page.locator("#language").bounding_box()["x"]
+        assert max(box["x"] + box["width"], model["x"] + model["width"]) <= end and model["width"] > 60
+    drop(page, pictures[0])
+    ask(page, "?")
+    expect(bubble(page)).to_have_text(LONG)
+    page.get_by_role("button", name="What it looked at").tap()
+    page.locator(".heat").evaluate("heat => heat.scrollIntoView({ block: 'end' })")
+    token, image = page.locator(".token").first, page.locator(".heat figure")
+    expect(token).to_be_in_viewport()
+    expect(image).to_be_in_viewport(ratio=0.5)
+    header = page.locator("header").bounding_box()
+    assert token.bounding_box()["y"] >= header["y"] + header["height"]  # not under it
+    token.tap()
+    expect(token).to_have_class("token shown")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_before_an_engine_the_page_shows_what_engines_tell(visit, app, pictures, tmp_path):

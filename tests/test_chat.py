@@ -357,12 +357,15 @@ def test_score_counts_exact_answers_per_kind(chat, world, tmp_path):
         records.append(make_record([picture.name], [(f"<image>\n{kind}？", answer)], kind=kind))
     records[1]["conversations"][1]["content"] += "错"  # one wrong label
     (tmp_path / "score.json").write_text(json.dumps(records), encoding="utf-8")
-    table = score(chat, tmp_path / "score.json", world / "images")
+    table, asked = score(chat, tmp_path / "score.json", world / "images")
     assert list(table) == ["colour", "shape", "all"]
     assert table["colour"][:2] == (12, 1.0)
     assert table["shape"][:2] == (12, pytest.approx(11 / 12))
     assert table["all"][:2] == (24, pytest.approx(23 / 24))
     assert table["all"][2] < table["all"][1]
+    assert [(question, label) for question, label, answer in asked if answer != label] == [
+        ("shape？", asked[1][2] + "错")
+    ]
 
 
 def test_score_keeps_the_system_turn_and_compares_no_picture_with_itself(chat, pictures, tmp_path):
@@ -373,7 +376,7 @@ def test_score_keeps_the_system_turn_and_compares_no_picture_with_itself(chat, p
     conversations = [{"role": role, "content": text} for role, text in turns]
     records = [{"image": pictures[0].name, "conversations": conversations}] * 2
     (tmp_path / "score.json").write_text(json.dumps(records), encoding="utf-8")
-    table = score(chat, tmp_path / "score.json", pictures[0].parent)
+    table, _ = score(chat, tmp_path / "score.json", pictures[0].parent)
     assert table == {"question": (2, 1.0, None), "all": (2, 1.0, None)}
 
 
@@ -388,7 +391,7 @@ def test_score_asks_the_first_question_with_a_picture(chat, pictures, tmp_path):
     records.append({"image": [pictures[0].name], "conversations": conversations[:4]})
     file = tmp_path / "score.json"
     file.write_text(json.dumps(records), encoding="utf-8")
-    assert score(chat, file, pictures[0].parent) == {"question": (2, 1.0, None), "all": (2, 1.0, None)}
+    assert score(chat, file, pictures[0].parent)[0] == {"question": (2, 1.0, None), "all": (2, 1.0, None)}
     for wrong, says in (
         ({"image": [], "conversations": conversations[:2]}, "record 2: to score, a record needs a question with a pict"),
         ({"image": ["a"] * 2, "conversations": [{"role": "user", "content": "<image><image>?"}, conversations[1]]},

@@ -1,6 +1,8 @@
 """3-eval_chat.py as a person in a terminal meets it: through a pseudo-terminal."""
 
+import argparse
 import codecs
+import json
 import os
 import re
 import runpy
@@ -14,15 +16,17 @@ import pytest
 from helpers import ROOT, animated, heed_interrupts, run_python, save_random_vlm
 from PIL import Image
 
+from model.training.logs import Log
+
 pty = pytest.importorskip("pty", reason="pseudo-terminals are a thing of Unix")
 
 
 class Screen:
     """A program in a pseudo-terminal: type lines and keys, and read what it prints."""
 
-    def __init__(self, *command):
+    def __init__(self, *command, locale="C.UTF-8"):
         self.master, slave = pty.openpty()
-        environment = {**os.environ, "TERM": "dumb", "PYTHONUTF8": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = {**os.environ, "TERM": "dumb", "PYTHONUTF8": "1", "CUDA_VISIBLE_DEVICES": "", "LC_ALL": locale}
         command = [str(part) for part in command]
         self.process = subprocess.Popen(
             command,
@@ -83,8 +87,10 @@ def screen(flags):
 
 
 def test_a_talk(screen, pictures, tmp_path):
+    screen.until("^loading")  # while PyTorch is read
     greeting = screen.until("\npicture> ")
-    assert "64_vlm_sft" in greeting and "dataset/eval_images/green-ring_blue-star_purple-triangle.png" in greeting
+    assert "64_vlm_sft" in greeting and "Pictures in dataset/eval_images" in greeting
+    assert re.search(r"\n  2  green-ring_blue-star_purple-triangle.png\n", greeting)
 
     screen.type("nowhere.png\n")
     assert "nowhere.png could not be read as a picture (No such file or directory)" in screen.until("\npicture> ")
@@ -127,7 +133,7 @@ def test_a_talk(screen, pictures, tmp_path):
     screen.type("/set colour 1\n")
     assert "there is no setting colour" in screen.until("\n> ")
     screen.type("/set max_new_tokens 40000\n")
-    screen.until("\n> ")
+    assert "max_new_tokens is 40000 now" in screen.until("\n> ")
     screen.type("/set\n")
     assert "max_new_tokens 40000" in screen.until("\n> ")
 
@@ -137,7 +143,7 @@ def test_a_talk(screen, pictures, tmp_path):
     assert int(re.search(r"\[stopped\]\n\[(\d+) tokens", screen.until("\n> ")).group(1)) < 40_000
     time.sleep(0.5)  # readline shows its prompt a moment before it heeds Ctrl-C
     screen.type("\x03")
-    assert "/exit leaves" in screen.until("\n> ")
+    assert "exit leaves" in screen.until("\n> ")
     screen.type("\x1b[A\x1b[A\n")  # two lines up in the history, and again
     assert "max_new_tokens 40000" in screen.until("\n> ")
 
@@ -154,7 +160,9 @@ def test_a_talk(screen, pictures, tmp_path):
 def test_nothing_that_is_typed_ends_the_talk(screen):
     screen.until("\npicture> ")
     screen.type("What's this\n")
-    assert "What's this names no picture, and has an open quotation mark: press Enter" in screen.until("\npicture> ")
+    assert "What's this names no picture: pick one first, or press Enter" in screen.until("\npicture> ")
+    screen.type("99\n")
+    assert "there is no picture 99: the list has 1 to 7" in screen.until("\npicture> ")
     screen.type("~no_such_user/a.png\n")
     assert "~no_such_user/a.png could not be read as a picture" in screen.until("\npicture> ")
     screen.type(f"{'x' * 300}.png\n")
@@ -168,13 +176,105 @@ def test_nothing_that_is_typed_ends_the_talk(screen):
         screen.until(r"\[3 tokens.*\n\n> ")
     os.write(screen.master, b"\xff\xfe?\n")
     assert "this was not UTF-8 text" in screen.until("\n> ")
-    screen.type("/exit\n")
+    screen.type("quit\n")
     assert screen.process.wait(20) == 0
+
+
+def test_numbers_and_paths_are_pictures_letters_are_examples_and_anything_else_is_a_question(screen, pictures):
+    greeting = screen.until("\npicture> ")
+    names = dict(re.findall(r"\n +(\d)  (\S+)", greeting))
+    for typed in ("1,3", "1 and 3", "1 3", "1、3", "/image 1 3"):
+        screen.type(f"{typed}\n")
+        said = screen.until("\n> ")
+        assert f"showing {names['1']} and {names['3']}: ask a question" in said
+        assert "this model learned about single pictures" not in said  # nobody knows, of weights that were named
+    screen.type("2\n")
+    said = screen.until("\n> ")
+    assert f"showing {names['2']}: ask" in said
+    assert re.findall(r"\n  ([a-z])  (.+)", said) == [
+        ("a", "How many rings can you see?"),
+        ("b", "Describe the picture."),
+    ]
+    screen.type("a\n")
+    assert "a\nHow many rings can you see?\n" in screen.until(r"\[\d+ tokens.*\]\n\n> ")
+    screen.type(f"{pictures[0]}\n")
+    said = screen.until("\n> ")
+    assert f"showing {pictures[0].name}: ask" in said and re.findall(r"\n  (\w)  ", said) == ["a"]
+    screen.type("3 circles?\n")
+    screen.until(r"\[\d+ tokens.*\]\n\n> ")
+    screen.type("help\n")
+    assert "/set NAME VALUE" in screen.until("\n> ")
+    screen.type("/image\n")
+    screen.until("\npicture> ")
+    screen.type("exit\n")
+    assert screen.process.wait(20) == 0
+
+
+@pytest.mark.parametrize("locale, more", [("zh_CN.UTF-8", []), ("C.UTF-8", ["--lang", "zh"])])
+def test_a_talk_in_chinese(flags, locale, more):
+    screen = Screen(sys.executable, "3-eval_chat.py", *flags, *more, "--max_new_tokens", 3, locale=locale)
+    try:
+        assert "/help 列出命令，exit 退出。" in screen.until("\n图片> ")
+        screen.type("2\n")
+        said = screen.until("\n> ")
+        assert "正在看 green-ring_blue-star_purple-triangle.png：请提问" in said
+        assert re.findall(r"\n  ([a-z])  (.+)", said) == [
+            ("a", "左下角的图形的颜色是什么？"),
+            ("b", "请描述这张图片。"),
+        ]
+        screen.type("/set temperature 0\n")
+        assert "temperature 现在是 0.0" in screen.until("\n> ")
+        screen.type("A\n")
+        screen.until(r"\n\[3 个 token，.*\]\n\n> ")
+        screen.type("/draw 红色 星形\n")
+        assert "中间有一个红色的大星形。已保存为" in screen.until("\n> ")
+        screen.type("/nonsense\n")
+        assert "there is no /nonsense; /help lists the commands" in screen.until("\n> ")  # errors are English
+        screen.type("/help\n")
+        assert "每个问题单独回答" in screen.until("\n> ")
+        screen.type("quit\n")
+        assert screen.process.wait(20) == 0
+    finally:
+        screen.close()
+
+
+def test_a_score_shows_a_few_answers_wrong_ones_first(flags, pictures, tmp_path):
+    records = [
+        {"image": path.name, "conversations": [{"role": "user", "content": "<image>\n?"}, {"role": "assistant", "content": label}]}
+        for path, label in zip(pictures, ["红\n色", "蓝色", "大", "小"], strict=False)
+    ]  # fmt: skip
+    (tmp_path / "score.json").write_text(json.dumps(records), encoding="utf-8")
+    code, out, err = run_python(
+        "3-eval_chat.py", *flags, "--score", tmp_path / "score.json", "--images_path", pictures[0].parent
+    )
+    assert code == 0, err
+    assert re.findall(r"\n  \? expected: (.+) given: .+", out) == ["红 色", "蓝色", "大"]
+
+
+def test_the_bar_of_a_training_fits_80_columns(tmp_path, monkeypatch):
+    termios = pytest.importorskip("termios")
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (24, 80))
+    with os.fdopen(slave, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        args = argparse.Namespace(out_dir=str(tmp_path), use_wandb=False, log_interval=1)
+        log = Log(args, "192_vlm_sft_multi", step=0, steps=12_000)
+        log.started -= 1000
+        log.bar.start_t -= 1000
+        log.write(6000, {"loss": 1.99612, "lr": 0.0009, "grad_norm": 1.2, "samples_per_s": 41.3})
+        log.close({})
+        shown = os.read(master, 65536).decode().replace("\r", "\n").strip().split("\n")[-1]
+    os.close(master)
+    assert re.fullmatch(r"192_vlm_sft_multi:  50%\|█+[^|]{10,}\| 6000/12000 \[16:4\d<16:4\d, loss=1.996\]", shown), (
+        shown
+    )
+    assert len(shown) < 80
 
 
 def test_an_error_of_any_kind_does_not_end_the_talk(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["3-eval_chat.py"])
-    terminal = runpy.run_path(str(ROOT / "3-eval_chat.py"))["Terminal"](None, ROOT / "dataset/eval_images", {})
+    terminal = runpy.run_path(str(ROOT / "3-eval_chat.py"))["Terminal"]
+    terminal = terminal(None, ROOT / "dataset/eval_images", {}, "en", True)
     lines = iter(["", "?", "/exit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     terminal.run()  # there is no model to ask

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import signal
 
 import pytest
@@ -164,13 +165,14 @@ def test_the_page_follows_a_training(watched, browser):
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.goto(f"{address}/training")
         expect(page.locator("#empty")).to_contain_text("No training log yet")
+        expect(page.locator("header a")).to_be_hidden()  # there is no chat here
         (folder / "a.jsonl").write_text(lines(*RUN))
         expect(page.locator("#runs button")).to_contain_text("step 2 of 9")
         expect(page.locator("#charts path")).to_have_count(4)
         before = page.locator("#charts path").first.get_attribute("d")
         with open(folder / "a.jsonl", "a") as log:
             log.write(lines(*RESUMED))
-        expect(page.locator("#runs button")).to_contain_text("step 3 of 9 · 5 · 2.0 min left")
+        expect(page.locator("#runs button")).to_contain_text("step 3 of 9 · loss 5 · 2.0 min left")
         assert page.locator("#charts path").first.get_attribute("d") != before
         expect(page.locator("#charts circle")).to_have_count(1)
         page.locator("#charts svg").first.hover(position={"x": 900, "y": 60})
@@ -192,6 +194,37 @@ def test_the_page_follows_a_training(watched, browser):
     assert page.locator("#notice").bounding_box()["y"] >= 0
     page.close()
     assert [problem for problem in problems if "ERR_CONNECTION_REFUSED" not in problem] == []
+
+
+def test_the_page_reads_the_step_under_the_pointer_logarithmically_and_smoothed_if_asked(watched, browser):
+    app, folder = watched
+    for name, steps in (("a", 30), ("b", 100)):
+        run = [{"run": name, "step": 0, "steps": 100, "time": 0, "args": {}}]
+        run += [figures(step, 2.0**-step if step < 40 else 2.0**-40) for step in range(1, steps + 1)]
+        (folder / f"{name}.jsonl").write_text(lines(*run))
+    with serving(app) as address:
+        page = browser.new_page(locale="en-US", viewport={"width": 1000, "height": 900})
+        page.goto(f"{address}/training")
+        expect(page.locator("#runs button")).to_have_count(2)
+        chart = page.locator("#charts svg").first
+        width = chart.bounding_box()["width"]
+
+        # where one run has ended, the other's step is read, and only that
+        chart.hover(position={"x": width * 0.8, "y": 60})
+        readout = page.locator(".readout").first
+        expect(readout).to_contain_text("b · step")
+        expect(readout).not_to_contain_text("a · step")
+        step = int(re.search(r"step (\d+)", readout.inner_text()).group(1))
+        assert 70 < step < 90
+        assert abs(float(chart.locator(".cursor").get_attribute("x1")) - width * 0.8) < 10
+
+        labels = chart.locator("text.end")
+        assert "1.0e-10" not in labels.all_inner_texts()
+        page.get_by_label("Logarithmic loss").check()
+        assert "1.0e-10" in chart.locator("text.end").evaluate_all("all => all.map((one) => one.textContent)")
+        page.get_by_label("Smooth").check()
+        expect(chart.locator("path.raw")).to_have_count(2)
+        page.close()
 
 
 def test_what_a_log_keeps_is_never_off_the_disk(tmp_path):

@@ -224,9 +224,20 @@ def test_attention_of_an_answer(app, client, pictures):
     assert np.array(result["shares"]) == pytest.approx(expected.numpy(), abs=1e-5)
     for body in ({"token_ids": [1]}, {"messages": question("?"), "token_ids": [1]}):
         assert client.post("/attention", json=body).status_code == 400
-    for ids in ([], [476], [-1], ["1"], [True], [1] * 200, None):
+    for ids in ([], [app.chat.config.vocab_size], [-1], ["1"], [True], [1] * 200, None):
         response = client.post("/attention", json={"messages": messages, "token_ids": ids})
         assert response.status_code == 400 and "token_ids should be" in response.get_json()["error"]["message"]
+
+
+def test_a_picture_is_checked_before_it_is_asked_about(client, pictures, tmp_path):
+    clip = animated(tmp_path / "clip.gif", [Image.open(path) for path in pictures[:4]])
+    clip = f"data:image/gif;base64,{base64.b64encode(clip.read_bytes()).decode()}"
+    for kind, url, frames in (("image_url", data_url(pictures[0]), 1), ("video_url", clip, 4), ("image_url", clip, 1)):
+        assert client.post("/check", json={"type": kind, "url": url}).get_json() == {"frames": frames}
+    broken = client.post("/check", json={"type": "image_url", "url": "data:image/png;base64,bm8="})
+    assert broken.status_code == 200 and "picture 1 can't be read" in broken.get_json()["problem"]
+    for body in ({"type": "text", "url": clip}, {"type": "image_url"}, {"type": "image_url", "url": clip, "more": 1}):
+        assert client.post("/check", json=body).status_code == 400
 
 
 # --- the real client ------------------------------------------------------------------------------------------------
@@ -692,7 +703,7 @@ def test_the_script_serves_until_it_is_stopped(flags):
         preexec_fn=heed_interrupts,  # noqa: PLW1509  no thread of the test runs while this does
     )
     try:
-        assert "64_vlm_sft.pth: 0.5 MB, 132,160 parameters of language model and projector" in process.stdout.readline()
+        assert "64_vlm_sft.pth: 0.7 MB, 161,856 parameters of language model and projector" in process.stdout.readline()
         address = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline()).group()
         assert openai.OpenAI(base_url=f"{address}/v1", api_key="none").models.list().data[0].id == "64_vlm_sft"
         process.send_signal(signal.SIGINT)

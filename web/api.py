@@ -28,6 +28,7 @@ from .requests import (
     NEUTRAL,
     all_frames,
     read_body,
+    read_medium,
     read_messages,
     read_options,
     read_token_ids,
@@ -111,6 +112,7 @@ class ChatAPI:
         app.add_url_rule("/v1/models/<name>", view_func=self.get_model)
         app.add_url_rule("/v1/chat/completions", view_func=self.completions, methods=["POST"])
         app.add_url_rule("/attention", view_func=self.attention, methods=["POST"])
+        app.add_url_rule("/check", view_func=self.check_medium, methods=["POST"])
 
     def health(self):
         return {
@@ -130,6 +132,18 @@ class ChatAPI:
     def check_model(self, name):
         if name != self.chat.name:
             raise NotFound(f"there is no model {name!r:.80}; this server has {self.chat.name!r}")
+
+    def check_medium(self):
+        """{"type": "image_url" or "video_url", "url"} -> {"frames": how many the model sees}, or {"problem": why none}."""
+        with self.queue.reading():
+            body = read_body({"type", "url"})
+            kind, url = body.get("type"), body.get("url")
+            require(kind in ("image_url", "video_url"), "type should be image_url or video_url")
+            require(isinstance(url, str), "url should be a string")
+            try:
+                return {"frames": len(read_medium(self.chat, kind, url, 1))}
+            except BadInput as problem:
+                return {"problem": str(problem)}
 
     def completions(self):
         """Answers a conversation, as one JSON object or, with "stream", as server-sent events."""

@@ -33,7 +33,13 @@ class Log:
             self.file.write(json.dumps(start) + "\n")
         except OSError as error:
             raise BadInput(f"{path} could not be written ({error.strerror}): name another --out_dir") from None
-        self.bar = tqdm(total=steps, initial=step, desc=name, disable=not (args.log_interval and sys.stderr.isatty()))
+        self.bar = tqdm(
+            total=steps,
+            initial=step,
+            desc=name,
+            disable=not (args.log_interval and sys.stderr.isatty()),
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",  # fits 80 columns
+        )
         self.first_step = step
         self.steps = steps
         self.started = time.time()
@@ -84,7 +90,7 @@ class Log:
             shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name != "epoch_Time")
             print(f"step {step}/{self.steps}: {shown}, {minutes_left:.1f} min left", flush=True)
         else:
-            self.bar.set_postfix({name: f"{value:.4g}" for name, value in metrics.items()})
+            self.bar.set_postfix({name: f"{metrics[name]:.4g}" for name in ("loss", "val_loss") if name in metrics})
             self.bar.update(step - self.bar.n)
 
     def close(self, left_out):

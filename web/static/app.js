@@ -7,48 +7,58 @@ import { Pad } from "./pad.js";
 
 const TEXTS = {
   zh: {
-    clear: "清空对话", settings: "回答设置", training: "训练曲线",
-    temperature: "温度（0 为最可能的字）", top_k: "top-k（0 为不限）", top_p: "top-p", max_tokens: "最多生成的 token 数",
-    seed: "随机种子", seed_random: "每次不同", reset: "恢复默认",
+    clear: "新对话", settings: "生成设置", training: "训练曲线", cleared: "已开始新对话。", undo_clear: "恢复上一段对话",
+    temperature: "随机程度（温度；0 = 总选最可能的词）", top_k: "每步考虑前几个候选词（top‑k；0 = 全部）",
+    top_p: "候选词的概率合计（top‑p；1 = 全部）", max_tokens: "回答最长多少个 token",
+    seed: "随机种子（同样的种子，同样的回答）", seed_random: "每次不同", reset: "恢复默认",
     welcome: "让小小的模型看一看", samples: "点一张图片试试，或者拖入、粘贴、画一张你自己的图片",
-    welcome_text: "图片由冻结的 CLIP 变成 50 个向量，经一个线性层译成语言模型的词嵌入，模型接着写出答案。每个问题单独回答：模型看得到图片，看不到前面说过的话。",
+    welcome_text: "选一张图片，问它画了什么、在哪里、什么颜色、有几个。演示模型只学过彩色图形，中文英文都行；问别的，它也会很自信地答。每个问题单独回答：它看得到图片，看不到前面说过的话。",
     ask: "问问这张图片……", ask_without: "先选一张图片，再提问……", add: "添加图片或短视频", send: "发送", stop: "停止", remove: "移除图片",
     attached: "要问的图片", questions: "可以这样问", log: "对话", picture: "图片", drop: "松手即可添加图片",
     alone: "每个问题单独回答，图片会保留，可以接着问。小模型会出错。",
     copy: "复制", copied: "已复制", again: "重新回答", look: "它看了哪里", hide: "收起",
     waiting: (n) => `前面还有 ${n} 位，请稍候……`, speed: (rate, n) => `${n} 个 token，${rate} token/s`, count: (n) => `${n} 个 token`,
     stopped: "已停止", cut: "已到长度上限", lost: "和服务器的连接断了，它还在运行吗？", empty: "先写下问题。",
-    layer: "层", mean: "各层平均", share: (percent) => `这一步有 ${percent}% 的注意力在这里`,
+    unreadable: (name, why) => `读不了 ${name}，换一个试试（服务器说：${why}）。`, busy: "现在提问的人太多，请稍后再试。",
+    too_long: (n, most) => `图片和问题一共 ${n} 个 token，模型最多读 ${most} 个：请缩短问题，或去掉图片。`, server: (why) => `服务器出错了：${why}`,
+    edit: "改一改再问", down: "到最下面", enlarge: "放大", enlarged: "放大的图片", frames: (n) => `看 ${n} 帧`, frame: (n) => `第 ${n} 帧`,
+    not_kept: "图片太大，刷新后没有保留", not_kept_long: "浏览器放不下全部图片，刷新页面后最大的会丢失。",
+    layer: "层", mean: "各层平均", share: (percent) => `这一步有 ${percent}% 的注意力在这张图上`,
     pick: "把指针移到、点按答案里的词，或用方向键选词。亮处是写下这个词的那一步注意力所在的图块（7×7，各头平均，相对最亮的一块）。注意力说明信息从哪里读来，并不说明模型为什么这样回答。",
     draw: "画一张图", pad: "画板", canvas: "画布：方向键移动，加号和减号改变大小，回车键画上", drawing_file: "我的画.png",
     drawing_tools: "工具", brush: "画笔", eraser: "橡皮", circle: "圆形", square: "方形", triangle: "三角形", star: "星形", cross: "十字形", ring: "圆环",
     colours: "颜色", red: "红色", orange: "橙色", yellow: "黄色", green: "绿色", cyan: "青色", blue: "蓝色", purple: "紫色", black: "黑色", any_colour: "其他颜色",
-    backgrounds: "背景", white: "白色背景", grey: "浅灰背景", beige: "米色背景", pale: "浅蓝背景", over: "画在图片上",
+    backgrounds: "背景", white: "白色背景", grey: "浅灰背景", beige: "米色背景", pale: "浅蓝背景", dark: "黑色背景", over: "画在图片上",
     undo: "撤销", wipe: "清空", cancel: "取消", use: "用这张画",
     parameters: (n) => `${n}M 参数`, too_big: (name, mb) => `${name} 超过 ${mb} MB，请换一张小一些的。`,
-    too_many: (n) => `模型一次最多看 ${n} 张图片。`, nothing: "（模型什么也没写。）", ask_alone: "描述这张图片。", not_picture: (name) => `${name} 不是图片，也不是视频。`, describe: "描述这张图片。",
+    too_many: (n) => `模型一次最多看 ${n} 张图片。`, nothing: "（模型什么也没写。）", ask_alone: "请描述这张图片。", not_picture: (name) => `${name} 不是图片，也不是视频。`,
   },
   en: {
-    clear: "Clear chat", settings: "Answer settings", training: "Training curves",
-    temperature: "Temperature (0: always the most likely token)", top_k: "Top-k (0: no limit)", top_p: "Top-p", max_tokens: "Max new tokens",
-    seed: "Seed", seed_random: "random", reset: "Reset to defaults",
+    clear: "New chat", settings: "Generation settings", training: "Training curves", cleared: "Started a new chat.", undo_clear: "Bring back the last one",
+    temperature: "Randomness (temperature; 0: always the likeliest word)", top_k: "Candidate words at each step (top‑k; 0: all)",
+    top_p: "Total probability of the candidates (top‑p; 1: all)", max_tokens: "Longest answer (max new tokens)",
+    seed: "Seed (the same seed, the same answer)", seed_random: "random", reset: "Reset to defaults",
     welcome: "Show a tiny model a picture", samples: "Pick a picture to start, or drop, paste or draw your own",
-    welcome_text: "A frozen CLIP turns a picture into 50 vectors, a linear layer maps them to the language model's embeddings, and the model writes the answer. It answers each question on its own: it sees the pictures, but not your earlier questions.",
+    welcome_text: "Pick a picture and ask what is in it, where, in which colour, or how many. The demo's model has only seen coloured shapes, and speaks Chinese and English; to anything else it answers just as confidently. It answers each question on its own: it sees the pictures, but not your earlier questions.",
     ask: "Ask about the picture…", ask_without: "Pick a picture, then ask…", add: "Add pictures or a short video", send: "Send", stop: "Stop", remove: "Remove picture",
     attached: "Attached pictures", questions: "Suggested questions", log: "Conversation", picture: "picture", drop: "Drop to add pictures",
     alone: "Each question is answered on its own. The pictures stay, so you can ask again. Small models make mistakes.",
     copy: "Copy", copied: "Copied", again: "Regenerate", look: "What it looked at", hide: "Hide",
     waiting: (n) => `${n} ahead of you, please wait…`, speed: (rate, n) => `${n} tokens, ${rate} tokens/s`, count: (n) => `${n} tokens`,
     stopped: "stopped", cut: "stopped at the length limit", lost: "Lost the connection to the server. Is it still running?", empty: "Write a question first.",
-    layer: "Layer", mean: "mean of all layers", share: (percent) => `${percent}% of this step's attention is here`,
+    unreadable: (name, why) => `${name} can't be read, try another one (the server says: ${why}).`, busy: "Too many questions at once: try again in a moment.",
+    too_long: (n, most) => `Pictures and question are ${n} tokens, and the model reads at most ${most}: shorten the question, or remove a picture.`, server: (why) => `The server reported a problem: ${why}`,
+    edit: "Edit and ask again", down: "To the bottom", enlarge: "Enlarge", enlarged: "Enlarged picture", frames: (n) => `sees ${n} frames`, frame: (n) => `frame ${n}`,
+    not_kept: "Picture too large to keep over a reload", not_kept_long: "The browser can't hold all pictures: the largest will be gone after a reload.",
+    layer: "Layer", mean: "mean of all layers", share: (percent) => `${percent}% of this step's attention is on this picture`,
     pick: "Point at or tap a word of the answer, or use the arrow keys. Bright patches are where the model's attention went at the step that wrote this word (7×7 patches, averaged over heads, relative to the brightest). Attention shows where information was read from, not why the model gave this answer.",
     draw: "Draw a picture", pad: "Drawing pad", canvas: "Canvas: arrow keys move, plus and minus change the size, Enter draws", drawing_file: "drawing.png",
     drawing_tools: "Tools", brush: "Brush", eraser: "Eraser", circle: "Circle", square: "Square", triangle: "Triangle", star: "Star", cross: "Cross", ring: "Ring",
     colours: "Colours", red: "Red", orange: "Orange", yellow: "Yellow", green: "Green", cyan: "Cyan", blue: "Blue", purple: "Purple", black: "Black", any_colour: "Another colour",
-    backgrounds: "Background", white: "White background", grey: "Light grey background", beige: "Beige background", pale: "Light blue background", over: "Over the picture",
+    backgrounds: "Background", white: "White background", grey: "Light grey background", beige: "Beige background", pale: "Light blue background", dark: "Black background", over: "Over the picture",
     undo: "Undo", wipe: "Clear", cancel: "Cancel", use: "Use the drawing",
     parameters: (n) => `${n}M parameters`, too_big: (name, mb) => `${name} is larger than ${mb} MB: pick a smaller one.`,
-    too_many: (n) => `The model sees at most ${n} pictures at a time.`, nothing: "(The model wrote nothing.)", ask_alone: "Describe this picture.", not_picture: (name) => `${name} is neither a picture nor a video.`, describe: "描述这张图片。",
+    too_many: (n) => `The model sees at most ${n} pictures at a time.`, nothing: "(The model wrote nothing.)", ask_alone: "Describe the picture.", not_picture: (name) => `${name} is neither a picture nor a video.`,
   },
 };
 
@@ -64,11 +74,21 @@ const button = (name, onclick, ...children) =>
   make("button", { type: "button", className: "plain", onclick, data: children.length ? {} : { label: name } }, icon(name), ...children);
 
 let noticeTimer;
-function notice(text) {
-  $("notice").textContent = text;
+/** Shows an error, or with `good` other news, for a few seconds. */
+function notice(text, good = false, ...children) {
+  $("notice").replaceChildren(text, ...children);
+  $("notice").classList.toggle("good", good);
   $("notice").hidden = false;
   clearTimeout(noticeTimer);
-  noticeTimer = setTimeout(() => { $("notice").hidden = true; }, 6000);
+  noticeTimer = setTimeout(() => { $("notice").hidden = true; }, children.length ? 12_000 : 6000);
+}
+
+/** An error in the page's language: those of the server that visitors meet are known here, by its words. */
+function explain(error) {
+  if (!(error instanceof ServerError)) return t("lost");
+  const [, tokens, most] = /the question has (\d+) tokens, the model reads at most (\d+)/.exec(error.message) ?? [];
+  if (tokens) return t("too_long", tokens, most);
+  return error.message.includes("others are waiting already") ? t("busy") : t("server", error.message);
 }
 
 function showLanguage() {
@@ -102,9 +122,37 @@ async function addFiles(files) {
 }
 
 function attach(url, name) {
-  pictures.push({ url, name, questions: [] });
+  const picture = { url, name, questions: [] };
+  pictures.push(picture);
+  checks.set(picture, check(picture));
   showPictures();
   $("question").focus();
+}
+
+const checks = new WeakMap(); // picture -> promise that it has been checked
+
+/** Asks the server whether a picture can be read, and how many frames of it the model sees; takes it off if it can't. */
+async function check(picture) {
+  if (info.backend) return; // engines have no such route
+  const { type } = asPart(picture);
+  let found;
+  try {
+    found = await (await post("check", { type, url: picture.url })).json();
+  } catch {
+    return; // a question will tell what is wrong with the server
+  }
+  picture.frames = found.frames;
+  if (!found.problem) return;
+  pictures = pictures.filter((one) => one !== picture);
+  notice(t("unreadable", picture.name, found.problem.replace(/^picture 1:? (can't be read: )?/, "")));
+  showPictures();
+}
+
+/** What is sent of a picture. */
+function asPart({ url }) {
+  // what may move is sent as a video: our server takes a still GIF, WebP, PNG or AVIF for one of one frame, engines don't
+  const moving = info.backend ? /^data:video/ : /^data:(video|image\/(gif|webp|a?png|avif))/;
+  return moving.test(url) ? { type: "video_url", video_url: { url } } : { type: "image_url", image_url: { url } };
 }
 
 const fileName = (path) => decodeURIComponent(path.split("/").pop());
@@ -113,6 +161,7 @@ async function pickSample(sample) {
   const files = await Promise.all(sample.pictures.map(async (path) => (await fetch(path)).blob()));
   const urls = await Promise.all(files.map(readFile));
   pictures = urls.map((url, i) => ({ url, name: fileName(sample.pictures[i]), questions: sample.questions }));
+  for (const picture of pictures) checks.set(picture, check(picture));
   showPictures();
   $("question").focus();
 }
@@ -121,8 +170,29 @@ const isVideo = (picture) => picture.url.startsWith("data:video/");
 
 /** An element that shows a picture; a video plays on its own, as a GIF does. */
 function show(picture) {
+  if (!picture.url) return make("span", { className: "gone", data: { text: "not_kept" }, textContent: t("not_kept") });
   if (!isVideo(picture)) return make("img", { src: picture.url, alt: picture.name });
   return make("video", { src: picture.url, title: picture.name, muted: true, loop: true, autoplay: true, playsInline: true });
+}
+
+/** The same as a button that enlarges it, and below its size and frames. */
+function showWithSize(picture) {
+  if (!picture.url) return show(picture);
+  const shown = show(picture);
+  const size = make("span", { className: "size" });
+  const measure = () => {
+    const [width, height] = isVideo(picture) ? [shown.videoWidth, shown.videoHeight] : [shown.naturalWidth, shown.naturalHeight];
+    size.textContent = [width && `${width}×${height}`, picture.frames > 1 && t("frames", picture.frames)].filter(Boolean).join(" · ");
+  };
+  shown.onload = shown.onloadedmetadata = measure;
+  checks.get(picture)?.then(measure);
+  const enlarge = make("button", { type: "button", className: "enlarge", data: { label: "enlarge" }, onclick: () => view(picture) }, shown);
+  return make("div", { className: "framed" }, enlarge, size);
+}
+
+function view(picture) {
+  $("viewer").replaceChildren(show(picture), make("p", { textContent: picture.name }));
+  $("viewer").showModal();
 }
 
 /** The attached pictures, and suggested questions about them. */
@@ -132,16 +202,19 @@ function showPictures() {
       type: "button", data: { label: "remove" },
       onclick: () => { pictures = pictures.filter((one) => one !== picture); showPictures(); $("question").focus(); },
     }, icon("close"));
-    return make("li", {}, show(picture), remove);
+    remove.className = "remove";
+    return make("li", {}, showWithSize(picture), remove);
   }));
   $("question").dataset.placeholder = pictures.length ? "ask" : "ask_without";
 
-  // the first picture's own questions, and one that fits any single picture
-  const questions = new Set(pictures[0]?.questions);
-  if (pictures.length === 1) questions.add(t("describe"));
+  // the first picture's own questions, those in the page's language first, and one that fits any single picture
+  const foreign = (text) => /[\u4e00-\u9fff]/.test(text) !== (document.documentElement.lang === "zh-CN");
+  const questions = new Set([...pictures[0]?.questions ?? []].sort((a, b) => foreign(a) - foreign(b)));
+  if (pictures.length === 1) questions.add(t("ask_alone"));
   $("chips").replaceChildren(...[...questions].map((text) => (
     make("button", { type: "button", textContent: text, onclick: () => ask(text) }))));
   translate($("composer"));
+  save();
 }
 
 // --- settings -----------------------------------------------------------------------------------------------------
@@ -183,17 +256,16 @@ class Exchange {
     this.bubble = make("div", { className: "bubble" });
     this.tools = make("div", { className: "tools" });
     this.answer = make("div", { className: "answer" }, this.bubble, this.tools);
-    const shown = make("div", { className: "pictures" }, ...asked.map(show));
-    const mine = make("div", { className: "mine" }, shown, make("div", { className: "bubble", textContent: question }));
+    const shown = make("div", { className: "pictures" }, ...asked.map(showWithSize));
+    const edit = button("edit", () => this.edit());
+    edit.classList.add("edit");
+    const mine = make("div", { className: "mine" }, shown, make("div", { className: "bubble", textContent: question }), edit);
+    translate(mine);
     this.element = make("article", { className: "exchange" }, mine, this.answer);
   }
 
   get messages() {
-    // what may move is sent as a video: our server takes a still GIF, WebP, PNG or AVIF for one of one frame, engines don't
-    const moving = info.backend ? /^data:video/ : /^data:(video|image\/(gif|webp|a?png|avif))/;
-    const parts = this.pictures.map(({ url }) => (moving.test(url)
-      ? { type: "video_url", video_url: { url } } : { type: "image_url", image_url: { url } }));
-    return [{ role: "user", content: [...parts, { type: "text", text: this.question }] }];
+    return [{ role: "user", content: [...this.pictures.map(asPart), { type: "text", text: this.question }] }];
   }
 
   get text() {
@@ -221,10 +293,19 @@ class Exchange {
       if (!this.finishReason) this.problem = t("lost");
     } catch (error) {
       if (error.name === "AbortError") this.finishReason = "stopped";
-      else this.problem = error instanceof ServerError ? error.message : t("lost");
+      else this.problem = explain(error);
     }
 
     this.answer.removeAttribute("aria-busy");
+    this.conclude();
+    active = null;
+    showSendButton();
+    this.showTools();
+    save();
+  }
+
+  /** The end of an answer: why there is none, or that it is empty. */
+  conclude() {
     if (this.problem) {
       this.bubble.classList.add("bad");
       this.bubble.textContent = this.problem;
@@ -233,9 +314,30 @@ class Exchange {
       const note = this.finishReason === "stopped" ? "stopped" : "nothing";
       this.bubble.append(make("span", { data: { text: note }, textContent: t(note) }));
     }
-    active = null;
-    showSendButton();
-    this.showTools();
+  }
+
+  /** What is kept over a reload, without the pictures. */
+  get record() {
+    const pieces = this.pieces.map(({ text, ids }) => ({ text, ids }));
+    return { question: this.question, pieces, problem: this.problem, usage: this.usage, finishReason: this.finishReason ?? "stopped" };
+  }
+
+  static restore({ question, pieces, problem, usage, finishReason }, asked) {
+    const exchange = new Exchange(question, asked);
+    Object.assign(exchange, { pieces: [], ahead: 0, attention: null, problem, usage, finishReason });
+    for (const { text, ids } of pieces) exchange.addPiece({ text, ids });
+    exchange.conclude();
+    exchange.showTools();
+    return exchange;
+  }
+
+  /** Puts the question and its pictures back into the composer. */
+  edit() {
+    pictures = this.pictures.filter(({ url }) => url);
+    showPictures();
+    $("question").value = this.question;
+    resizeQuestion();
+    $("question").focus();
   }
 
   async receive(response) {
@@ -283,10 +385,11 @@ class Exchange {
     if (this.ahead) this.tools.textContent = t("waiting", this.ahead);
     else if (active === this) this.tools.replaceChildren();
     else {
-      const tools = [button("again", () => this.askAgain())];
+      const kept = this.pictures.every(({ url }) => url);
+      const tools = kept ? [button("again", () => this.askAgain())] : [];
       if (!this.problem && this.pieces.length) {
         tools.unshift(button("copy", () => this.copy()));
-        if (this.pictures.length && !info.backend) {
+        if (this.pictures.length && kept && !info.backend) {
           const label = make("span", { data: { text: this.heatMap ? "hide" : "look" } });
           this.lookButton = button("eye", () => this.toggleHeatMap(), label);
           this.lookButton.setAttribute("aria-expanded", String(Boolean(this.heatMap)));
@@ -325,7 +428,7 @@ class Exchange {
       document.execCommand("copy");
       area.remove();
     }
-    notice(t("copied"));
+    notice(t("copied"), true);
   }
 
   async toggleHeatMap() {
@@ -344,7 +447,7 @@ class Exchange {
       if (pieces !== this.pieces) return; // there is another answer by now
       this.attention = attention;
     } catch (error) {
-      notice(error instanceof ServerError ? error.message : t("lost"));
+      notice(explain(error));
       this.lookButton.disabled = false;
       return;
     }
@@ -354,7 +457,11 @@ class Exchange {
     this.answer.classList.add("heat-open");
     this.showTools();
     pieces[0].element.focus({ preventScroll: true });
-    this.heatMap.element.scrollIntoView({ block: "nearest", behavior: "smooth" });
+
+    // on a phone the answer goes to the top, where it stays while the map below it is looked at
+    const phone = matchMedia("(max-width: 32rem)").matches;
+    const [target, block] = phone ? [this.answer, "start"] : [this.heatMap.element, "nearest"];
+    target.scrollIntoView({ block, behavior: "smooth" });
   }
 
   closeHeatMap() {
@@ -405,6 +512,7 @@ function ask(question) {
   $("question").value = "";
   resizeQuestion();
   exchange.ask();
+  save();
   scrollDown();
 }
 
@@ -414,13 +522,69 @@ function resizeQuestion() {
   $("question").style.height = `${$("question").scrollHeight}px`;
 }
 
+/** Begins a new chat; the last one can be brought back for some seconds. */
 function clearChat() {
   active?.controller.abort();
-  exchanges.length = 0;
-  pictures = [];
-  $("log").replaceChildren();
-  $("welcome").hidden = false;
+  const last = { exchanges: [...exchanges], pictures };
+  showChat([], []);
+  if (!last.exchanges.length && !last.pictures.length) return;
+  const undo = make("button", { type: "button", textContent: t("undo_clear"), onclick: () => {
+    showChat([...last.exchanges, ...exchanges], pictures.length ? pictures : last.pictures);
+    $("notice").hidden = true;
+  } });
+  notice(t("cleared"), true, undo);
+}
+
+function showChat(all, attached) {
+  exchanges.splice(0, Infinity, ...all);
+  pictures = attached;
+  $("log").replaceChildren(...exchanges.map(({ element }) => element));
+  $("welcome").hidden = exchanges.length > 0;
   showPictures();
+}
+
+// --- over a reload: the talk is kept by this browser, for this tab ---------------------------------------------------
+
+const KEPT = "talk";
+
+function save() {
+  if (!info) return; // before the last talk is restored
+  const urls = [...new Set([...exchanges.flatMap((one) => one.pictures), ...pictures].map(({ url }) => url).filter(Boolean))];
+  const all = (list) => list.map(({ url, ...rest }) => ({ ...rest, number: urls.indexOf(url) }));
+  const kept = [...urls];
+  const talk = { exchanges: exchanges.filter((one) => one.pieces).map((one) => ({ ...one.record, pictures: all(one.pictures) })), pictures: all(pictures) };
+
+  // browsers keep some megabytes: drop the largest pictures until the talk fits
+  for (;;) {
+    try {
+      sessionStorage.setItem(KEPT, JSON.stringify({ ...talk, urls: kept }));
+      break;
+    } catch {
+      const largest = kept.reduce((best, url, i) => (url && url.length > (kept[best]?.length ?? 0) ? i : best), -1);
+      if (largest < 0) return;
+      kept[largest] = null;
+    }
+  }
+  for (const url of urls.filter((_, i) => !kept[i])) {
+    if (!warned.has(url)) notice(t("not_kept_long"), true);
+    warned.add(url);
+  }
+}
+
+// amid an answer: it is stopped, so that its end isn't taken for a lost connection
+addEventListener("beforeunload", () => { active?.controller.abort(); save(); });
+
+const warned = new Set(); // pictures that were said to be too large
+
+function restore() {
+  let talk;
+  try {
+    talk = JSON.parse(sessionStorage.getItem(KEPT));
+  } catch { /* no storage */ }
+  if (!talk) return;
+  const all = (list) => list.map(({ number, ...rest }) => ({ ...rest, url: talk.urls[number] }));
+  showChat(talk.exchanges.map((one) => Exchange.restore(one, all(one.pictures))), all(talk.pictures).filter(({ url }) => url));
+  scrollDown();
 }
 
 function openSettings(open) {
@@ -466,13 +630,22 @@ function addListeners() {
     addFiles([...event.dataTransfer.files]);
   };
 
+  // a click anywhere closes an enlarged picture; a button leads back to the newest answer
+  $("viewer").onclick = () => $("viewer").close();
+  $("down-button").onclick = scrollDown;
+  const showDown = () => {
+    $("down-button").hidden = document.documentElement.scrollHeight - window.innerHeight - window.scrollY < 200;
+  };
+  addEventListener("scroll", showDown);
+  new ResizeObserver(showDown).observe(document.body);
+
   // the buttons at the top; Escape and a click elsewhere close the settings. In the pad Escape closes the pad only
   $("clear-button").onclick = clearChat;
   $("settings-button").onclick = () => openSettings($("settings-panel").hidden);
   $("settings-panel").oninput = showSettings;
   $("reset").onclick = resetSettings;
   document.addEventListener("keydown", (event) => {
-    if (event.key !== "Escape" || event.isComposing || pad.element.open) return;
+    if (event.key !== "Escape" || event.isComposing || pad.element.open || $("viewer").open) return;
     if (!$("settings-panel").hidden) { openSettings(false); $("settings-button").focus(); } else active?.controller.abort();
   });
   document.addEventListener("pointerdown", (event) => {
@@ -500,11 +673,12 @@ async function start() {
   try {
     info = await (await checked(await fetch("info"))).json();
   } catch (error) {
-    notice(error instanceof ServerError ? error.message : t("lost"));
+    notice(explain(error));
     return;
   }
   resetSettings();
   showSamples();
+  restore();
   showLanguage();
   $("question").focus();
 }

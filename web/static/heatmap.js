@@ -11,8 +11,9 @@ export class HeatMap {
   constructor(pieces, pictures, attention) {
     this.pieces = pieces;
     this.shares = attention.shares; // [layer][token][picture or frame][patch]
-    this.maps = HeatMap.images(pictures, attention.frames).map((image) => ({
+    this.maps = HeatMap.images(pictures, attention.frames).map(([image, frame]) => ({
       image,
+      frame,
       canvas: make("canvas", { width: attention.grid, height: attention.grid }),
       caption: make("figcaption"),
     }));
@@ -23,9 +24,10 @@ export class HeatMap {
     translate(this.element);
   }
 
-  /** Pictures as they were sent, and of videos the frames that the model saw. */
+  /** [image, number of the frame or 0]: pictures as they were sent, and of videos the frames that the model saw. */
   static images(pictures, frames) {
-    return pictures.flatMap((picture, i) => frames[i].map((url) => make("img", { src: url ?? picture.url, alt: picture.name })));
+    return pictures.flatMap((picture, i) => frames[i].map((url, k) => (
+      [make("img", { src: url ?? picture.url, alt: picture.name }), url ? k + 1 : 0])));
   }
 
   makeLayerChoice() {
@@ -62,10 +64,10 @@ export class HeatMap {
       element.tabIndex = i === number ? 0 : -1;
     });
 
-    this.maps.forEach(({ canvas, caption }, i) => {
+    this.maps.forEach(({ canvas, caption, frame }, i) => {
       const shares = this.sharesOf(number, i);
       darken(canvas, shares);
-      caption.textContent = t("share", (sum(shares) * 100).toFixed(0));
+      caption.textContent = [t("share", (sum(shares) * 100).toFixed(0)), frame && t("frame", frame)].filter(Boolean).join(" · ");
     });
   }
 

@@ -11,7 +11,7 @@ const COLOURS = {
   red: "#de2d2d", orange: "#f58c19", yellow: "#f5d723", green: "#2da546",
   cyan: "#46cdd7", blue: "#2850d2", purple: "#8c3cb9", black: "#232328",
 };
-const BACKGROUNDS = { white: "#ffffff", grey: "#dee2e6", beige: "#f6ecd6", pale: "#dceaf6" };
+const BACKGROUNDS = { white: "#ffffff", grey: "#dee2e6", beige: "#f6ecd6", pale: "#dceaf6", dark: "#101014" };
 
 // the shapes of dataset/demo/drawing.py, at radius 1 around (0, 0), as SVG path data
 const polygon = (corners) => `M${corners.join("L")}Z`;
