@@ -244,14 +244,18 @@ def draw(scene, rng):
     return paint(looks, random_paper(rng, tones(looks)), smooth=rng.random() < 0.7)
 
 
-def draw_change(scene, change, rng):
-    """Two pictures, before and after a change; what it doesn't name differs by a pixel or two, as if drawn twice."""
+def looks_before_and_after(scene, change, rng):
+    """(looks before a change, looks after it, paper for both, whether edges are smooth)."""
     while True:
         before = random_looks(scene, rng)
         after = changed_looks(before, change, rng)
         if after is not None:
-            break
-    paper, smooth = random_paper(rng, tones(before, after)), rng.random() < 0.7
+            return before, after, random_paper(rng, tones(before, after)), rng.random() < 0.7
+
+
+def draw_change(scene, change, rng):
+    """Two pictures, before and after a change; what it doesn't name differs by a pixel or two, as if drawn twice."""
+    before, after, paper, smooth = looks_before_and_after(scene, change, rng)
     moved = {
         t: look._replace(x=look.x + rng.uniform(-2, 2), y=look.y + rng.uniform(-2, 2)) for t, look in after.items()
     }
@@ -260,12 +264,7 @@ def draw_change(scene, change, rng):
 
 def draw_frames(scene, change, rng, count):
     """The frames of an animation: a move takes all of them, any other change happens between two of them."""
-    while True:
-        before = random_looks(scene, rng)
-        after = changed_looks(before, change, rng)
-        if after is not None:
-            break
-    paper, smooth = random_paper(rng, tones(before, after)), rng.random() < 0.7
+    before, after, paper, smooth = looks_before_and_after(scene, change, rng)
     first = rng.randrange(1, count)  # the first frame after the change
     frames = []
     for number in range(count):
