@@ -259,9 +259,10 @@ def norm_of_heads(graph, name, norm, config, x, linear):
 
 
 def uneven_rows(graph, name, x, weight):
-    """`Graph.linear` of rows (..., in) some of which are many times as large as others, which would be rounded to zero.
+    """`Graph.linear` for rows (..., in) of very different size.
 
-    All rows of an input are rounded to 8 bits on one scale, so they are divided by their largest numbers first.
+    All rows of an input are rounded to 8 bits on one scale, so that small ones would become zero beside a large one: each
+    row is divided by its largest number first.
     """
     sizes = graph.add("Abs", [x], f"{name}.sizes")
     axis = graph.tensor(f"{name}.axis", torch.tensor([-1]))

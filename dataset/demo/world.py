@@ -64,7 +64,7 @@ class World:
             prompt = self.rng.choice([f"{prompt}\n<image>", f"<image>\n{prompt}"])
             captions.append(make_record([name], [(prompt, caption)]))
 
-            # stage 2: questions, some of which ask for the caption
+            # stage 2: questions, and now and then the caption
             (first_question, first_answer), *others = questions(scene, self.rng, turns)
             conversations.append(make_record([name], [(f"<image>\n{first_question}", first_answer), *others]))
         return captions, conversations

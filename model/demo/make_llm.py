@@ -79,6 +79,11 @@ def about_a_change(rng, split, progress):
     return [("\n".join([*texts, asked]), sentences.change_in_words(language, change))]
 
 
+def as_turns(pairs):
+    """[(question, answer), ...] -> turns of a conversation."""
+    return [turn for asked, answer in pairs for turn in (("user", asked), ("assistant", answer))]
+
+
 class Conversations(IterableDataset):
     """Batches of conversations without end. What is easy and what is left out follows the clock."""
 
@@ -96,10 +101,7 @@ class Conversations(IterableDataset):
         else:
             pairs = about_one_scene(rng, "train", self.args.turns, progress)
         chance = max(0, 1 - progress / GAP_TIME)
-        turns = []
-        for asked, answer in pairs:
-            turns += [("user", asked), ("assistant", with_few_fillers(answer, rng, chance))]
-        return turns
+        return as_turns((asked, with_few_fillers(answer, rng, chance)) for asked, answer in pairs)
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
@@ -133,15 +135,9 @@ def score(model, tokenizer, split, count=100):
                 pair = sentences.question(language, scene, rng, kind)
                 if pair:
                     text = sentences.scene_in_words(described, scene, rng, rng.choice(sentences.FORMS))
-                    talks.append([("user", f"{text}\n{pair[0]}"), ("assistant", pair[1])])
+                    talks.append(as_turns([(f"{text}\n{pair[0]}", pair[1])]))
                     kinds.append(f"{name} {kind}")
-        talks.append(
-            [
-                turn
-                for asked, answer in about_a_change(rng, "heldout", 1.0)
-                for turn in (("user", asked), ("assistant", answer))
-            ]
-        )
+        talks.append(as_turns(about_a_change(rng, "heldout", 1.0)))
         kinds.append("change")
     device = next(model.parameters()).device
     model.eval()
@@ -193,10 +189,8 @@ def train(model, tokenizer, args):
     for step, batch in enumerate(loader):
         progress = talks.progress()
         answer_tokens = (batch["labels"] != -100).sum().item()
-        if args.device == "cpu":
-            loss = forward_backward(batch, answer_tokens)
-        else:
-            loss = forward_backward({k: x.to(args.device, non_blocking=True) for k, x in batch.items()}, answer_tokens)
+        batch = {name: tensor.to(args.device, non_blocking=True) for name, tensor in batch.items()}
+        loss = forward_backward(batch, answer_tokens)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         factor = min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * min(1, max(0, 2 * progress - 1))))
         for optimizer in chosen:

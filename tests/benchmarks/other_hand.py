@@ -4,8 +4,8 @@
     python tests/benchmarks/other_hand.py --pad      # and 60 drawn on the pad, in a real browser (tests/requirements.txt)
 
 ImageDraw: jagged edges, upright shapes of its own proportions, Pillow's pure colours ("red", "cyan"), ten plain backgrounds.
-Things lie anywhere, a third of the picture's width apart from nothing but each other, as the demo's do: in the ninth that
-their place names, 8 pixels from its edge or more. Scenes are held-out ones. Each picture is asked three questions, in either
+Things lie where the demo's do: anywhere in the ninth of the picture that their place names, 8 pixels or more from its edge,
+and hide nothing of each other. Scenes are held-out ones. Each picture is asked three questions, in either
 language, and its caption; an answer is right if every word is. After `python 1-pretrain_vlm.py --demo && python 2-sft_vlm.py
 --demo`; the last line is JSON.
 """
