@@ -292,11 +292,16 @@ def finish(process):
 
 def until(process, step):
     """Waits until a run has logged this step; what it printed until then."""
+    guard = threading.Timer(300, os.killpg, [process.pid, signal.SIGKILL])  # a run that stands still
+    guard.start()
     seen = ""
-    for line in process.stdout:
-        seen += line
-        if line.startswith(f"step {step}/"):
-            return seen
+    try:
+        for line in process.stdout:
+            seen += line
+            if line.startswith(f"step {step}/"):
+                return seen
+    finally:
+        guard.cancel()
     raise AssertionError(f"ended before step {step}: {seen}")
 
 

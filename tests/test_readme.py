@@ -229,7 +229,8 @@ class Server:
             env=environment(place),
             preexec_fn=heed_interrupts,  # noqa: PLW1509
         )
-        for _ in range(1000):
+        limit = time.time() + 300
+        while time.time() < limit:
             assert self.process.poll() is None, f"{command} ended"
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{self.port}/training/runs", timeout=5)

@@ -303,7 +303,9 @@ def test_a_feature_cache_that_was_cut_off_goes_on_where_it_was(place, tmp_path):
     shutil.rmtree(place.out / "features")
 
     process, done = begin(place, *flags), 0
+    limit = time.time() + 300
     while done < 256:
+        assert process.poll() is None and time.time() < limit, f"stood still or ended at {done} pictures"
         time.sleep(0.001)
         with contextlib.suppress(FileNotFoundError):
             done = json.loads(note.read_text(encoding="utf-8"))["done"]
