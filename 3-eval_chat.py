@@ -9,6 +9,7 @@ python 3-eval_chat.py --score FILE --images_path FOLDER     # exact match on a l
 
 import argparse
 import contextlib
+import locale
 import os
 import random
 import re
@@ -51,6 +52,8 @@ TEXTS = {
         "stop": "  (exit leaves)",
         "stopped": "stopped",
         "comma": ", ",
+        "question": "Q: ",
+        "answer": "A: ",
         "length": "{count} tokens",
         "speed": "{rate:.0f} tokens/s, the first after {seconds:.2f} s",
         "help": """\
@@ -79,6 +82,8 @@ Ctrl-C stops an answer.""",
         "stop": "  （exit 退出）",
         "stopped": "已停止",
         "comma": "，",
+        "question": "问：",
+        "answer": "答：",
         "length": "{count} 个 token",
         "speed": "每秒 {rate:.0f} 个，第一个用了 {seconds:.2f} 秒",
         "help": """\
@@ -280,11 +285,12 @@ def show_answer(answer):
 # --- by itself ------------------------------------------------------------------------------------------------------
 
 
-def show_answers(chat, folder, settings):
+def show_answers(chat, folder, settings, texts):
     """Prints every question of the evaluation folder, and its answer as it is written."""
     for paths, question in read_questions(folder):
         question = question.replace("<image>", "").strip()
-        print(f"\n[{' + '.join(path.name for path in paths)}]\n问: {question}\n答: ", end="", flush=True)
+        print(f"\n[{' + '.join(path.name for path in paths)}]\n{texts['question']}{question}")
+        print(texts["answer"], end="", flush=True)
         show_answer(chat.stream(question, chat.load_frames(paths), **settings))
         print()
 
@@ -307,8 +313,11 @@ def show_score(chat, files, images_path, out_dir):
 
 def default_lang():
     """zh where the locale is Chinese, otherwise en."""
-    name = next(filter(None, map(os.environ.get, ("LC_ALL", "LC_MESSAGES", "LANG"))), "")
-    return "zh" if name.startswith("zh") else "en"
+    names = [
+        *map(os.environ.get, ("LC_ALL", "LC_MESSAGES", "LANG")),
+        locale.getlocale()[0],
+    ]  # Windows sets none of the three
+    return "zh" if next(filter(None, names), "").startswith(("zh", "Chinese")) else "en"
 
 
 def main():
@@ -346,7 +355,7 @@ def main():
         Terminal(chat, folder, settings_of(args), args.lang, single).run()
         return
     if args.all or not args.score:
-        show_answers(chat, folder, settings_of(args))
+        show_answers(chat, folder, settings_of(args), TEXTS[args.lang])
     files = args.score
     if args.demo and not files:
         files = [world.FOLDER / f"score_{name}.json" for name in DEMO_SCORES[args.multi]]

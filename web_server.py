@@ -156,7 +156,7 @@ def create_app(*flags):
 
     # the chat page
     samples = Path(in_repository("dataset/eval_multi_images" if args.multi else "dataset/eval_images")).absolute()
-    add_chat_page(app, samples, app.api.info)
+    add_chat_page(app, samples, {**app.api.info, "demo": args.demo})
     return app
 
 

@@ -134,7 +134,7 @@ class Parts(NamedTuple):
 
 
 def published_parts(args):
-    """Name -> Parts that were published for a model of the width `args.dim`. README, "Get the parts", tells the same.
+    """Name -> Parts that were published for a model of the width `args.dim`. README, "Train it for real", tells the same.
 
     Those of "v1" are where other flags say, so that they can be a person's own.
     """

@@ -128,6 +128,7 @@ def test_ask_watch_stop_ask_again(visit, app, pictures):
     page.locator("#clear-button").click()
     expect(page.locator(".exchange")).to_have_count(0)
     expect(page.locator("#welcome")).to_be_visible()
+    expect(page.locator("#welcome")).not_to_contain_text("彩色图形")  # what only the demo's model knows
 
 
 def test_heat_maps_of_an_answer(visit, pictures):

@@ -230,8 +230,8 @@ def test_from_scratch_needs_no_language_model(place):
         (PRETRAIN, [], ["64_llm.pth not found"]),
         (PRETRAIN, ["--from_scratch", "--data_path", "nowhere.json"], ["nowhere.json not found", "--data_path"]),
         (PRETRAIN, ["--from_scratch", "--images_path", "nowhere"], ["nowhere is not a folder", "--images_path"]),
-        (SFT, [], ["64_vlm_pretrain.pth not found"]),
-        (SFT, ["--multi"], ["64_vlm_sft.pth not found"]),
+        (SFT, [], ["64_vlm_pretrain.pth not found: run python 1-pretrain_vlm.py first"]),
+        (SFT, ["--multi"], ["64_vlm_sft.pth not found: run python 2-sft_vlm.py first"]),
         (SFT, ["--multi", "maybe"], ["'maybe' should be True or False"]),
         (CHAT, [], ["64_vlm_sft.pth not found"]),
     ],
@@ -377,7 +377,7 @@ def test_scripts_can_be_started_from_elsewhere(tmp_path, weights, tiny_clip):
         ROOT / "model/demo",
     ]
     code, out, err = run_python(ROOT / CHAT, *places, "--device", "cpu", "--max_new_tokens", 2, cwd=tmp_path / "here")
-    assert code == 0 and out.count("问: ") == 14 and f"loaded ../{weights.name}" in out, err
+    assert code == 0 and out.count("Q: ") == 14 and f"loaded ../{weights.name}" in out, err
 
     _, out, _ = run_python(ROOT / PRETRAIN, "--help", cwd=tmp_path / "here")
     helped = "".join(out.split())

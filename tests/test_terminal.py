@@ -297,7 +297,10 @@ def test_a_question_that_does_not_fit_is_said_and_forgotten(screen):
 def test_without_a_terminal_it_answers_everything(flags):
     code, out, err = run_python("3-eval_chat.py", *flags, "--max_new_tokens", 3)
     assert code == 0, err
-    assert out.count("问: ") == 14 and "[green-ring_blue-star_purple-triangle.png]" in out
+    assert out.count("Q: ") == 14 and "[green-ring_blue-star_purple-triangle.png]" in out
+    code, out, err = run_python("3-eval_chat.py", *flags, "--max_new_tokens", 3, "--lang", "zh")
+    assert code == 0, err
+    assert out.count("问：") == out.count("答：") == 14
 
 
 def test_an_empty_answer_says_so(capsys):

@@ -203,6 +203,10 @@ def train(args, stage, from_scratch=False):
             Path(args.out_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BadInput(f"{args.out_dir} could not be created ({error.strerror}): name another --out_dir") from None
+        before = next((each for each in STAGES.values() if each.writes == starts_from), None)
+        if before and not (args.from_weights or from_scratch or resume_state or weights.exists()):
+            command = f"python {before.command}{' --demo' if args.demo else ''}"
+            raise BadInput(f"{weights} not found: run {command} first, or name other weights with --from_weights")
         parts, dataset, val_dataset = prepare(args, weights, starts_from == "llm", resume_state, processes)
 
         # run the frozen CLIP once over all pictures; from then on items carry its features instead of pixels

@@ -12,7 +12,8 @@ const TEXTS = {
     top_p: "候选词的概率合计（top‑p；1 = 全部）", max_tokens: "回答最长多少个 token",
     seed: "随机种子（同样的种子，同样的回答）", seed_random: "每次不同", reset: "恢复默认",
     welcome: "让小小的模型看一看", samples: "点一张图片试试，或者拖入、粘贴、画一张你自己的图片",
-    welcome_text: "选一张图片，问它画了什么、在哪里、什么颜色、有几个。演示模型只学过彩色图形，中文英文都行；问别的，它也会很自信地答。每个问题单独回答：它看得到图片，看不到前面说过的话。",
+    welcome_demo: "选一张图片，问它画了什么、在哪里、什么颜色、有几个。演示模型只学过彩色图形，中文英文都行；问别的，它也会很自信地答。每个问题单独回答：它看得到图片，看不到前面说过的话。",
+    welcome_text: "选一张图片，问问里面有什么。模型很小，答错时也一样自信。每个问题单独回答：它看得到图片，看不到前面说过的话。",
     ask: "问问这张图片……", ask_without: "先选一张图片，再提问……", add: "添加图片或短视频", send: "发送", stop: "停止", remove: "移除图片",
     attached: "要问的图片", questions: "可以这样问", log: "对话", picture: "图片", drop: "松手即可添加图片",
     alone: "每个问题单独回答，图片会保留，可以接着问。小模型会出错。",
@@ -39,7 +40,8 @@ const TEXTS = {
     top_p: "Total probability of the candidates (top‑p; 1: all)", max_tokens: "Longest answer (max new tokens)",
     seed: "Seed (the same seed, the same answer)", seed_random: "random", reset: "Reset to defaults",
     welcome: "Show a tiny model a picture", samples: "Pick a picture to start, or drop, paste or draw your own",
-    welcome_text: "Pick a picture and ask what is in it, where, in which colour, or how many. The demo's model has only seen coloured shapes, and speaks Chinese and English; to anything else it answers just as confidently. It answers each question on its own: it sees the pictures, but not your earlier questions.",
+    welcome_text: "Pick a picture and ask what is in it. The model is tiny, and just as confident where it is wrong. It answers each question on its own: it sees the pictures, but not your earlier questions.",
+    welcome_demo: "Pick a picture and ask what is in it, where, in which colour, or how many. The demo's model has only seen coloured shapes, and speaks Chinese and English; to anything else it answers just as confidently. It answers each question on its own: it sees the pictures, but not your earlier questions.",
     ask: "Ask about the picture…", ask_without: "Pick a picture, then ask…", add: "Add pictures or a short video", send: "Send", stop: "Stop", remove: "Remove picture",
     attached: "Attached pictures", questions: "Suggested questions", log: "Conversation", picture: "picture", drop: "Drop to add pictures",
     alone: "Each question is answered on its own. The pictures stay, so you can ask again. Small models make mistakes.",
@@ -95,6 +97,7 @@ function showLanguage() {
   if (info) {
     const parameters = info.parameters ? ` · ${t("parameters", (info.parameters / 1e6).toFixed(1))}` : "";
     $("model").textContent = info.model + parameters;
+    $("welcome-text").textContent = t(info.demo ? "welcome_demo" : "welcome_text");
   }
   for (const exchange of exchanges) exchange.showTools();
   showPictures();
