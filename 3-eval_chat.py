@@ -41,7 +41,7 @@ TEXTS = {
         "pick": "Pictures in {folder}: type a number or a path,\nseveral to compare them, or just Enter for no picture.",
         "picture": "picture",
         "showing": "showing {names}: ask a question",
-        "no picture": "no picture",
+        "no picture": "showing no picture: ask a question",
         "and": " and ",
         "frames": "{count} frames of {name}",
         "examples": "Type a question, or a letter for one of these:",
@@ -71,7 +71,7 @@ Ctrl-C stops an answer.""",
         "pick": "{folder} 里的图片：输入编号或路径，几张一起可以比较，直接回车则不看图片。",
         "picture": "图片",
         "showing": "正在看 {names}：请提问",
-        "no picture": "空白（没有图片）",
+        "no picture": "没有选图片：请提问",
         "and": " 和 ",
         "frames": "{name} 的 {count} 帧",
         "examples": "输入问题，或者用字母选一个：",
@@ -89,7 +89,7 @@ Ctrl-C stops an answer.""",
         "help": """\
 /image 文件 ...    看这些图片或视频：路径，或列表里的编号
 /draw 图形         画一张图：/draw 红色 星形 左上角, small blue circle middle
-/clear             放下图片，重新选
+/clear             清除图片，重新选
 /set 名称 数值     改变生成设置：/set temperature 0.8；只写 /set 则全部列出
 /help  /exit       显示这段文字；退出（也可以输入 help、exit、quit 或按 Ctrl-D）
 输入路径或列表里的编号会换图片，其余的都当作问题。
@@ -123,6 +123,7 @@ class Terminal:
             "/set": self.set,
             "/help": self.help,
             "help": self.help,
+            "帮助": self.help,
         }
 
     def run(self):
@@ -135,7 +136,7 @@ class Terminal:
             try:
                 line = input(f"\n{self.texts['picture'] if self.picking else ''}> ").strip()
                 line.encode()
-                if line.lower() in ("exit", "quit", "/exit", "/quit"):
+                if line.lower() in ("exit", "quit", "/exit", "/quit", "退出"):
                     return
                 self.handle(line)
             except BadInput as problem:
@@ -163,6 +164,10 @@ class Terminal:
             self.pick(line)
         elif line.startswith("/"):
             raise BadInput(f"there is no {command}; /help lists the commands")
+        elif re.fullmatch(r"[a-z]", line.lower()) and line.lower() not in self.examples:
+            raise BadInput(f"there is no question {line}: type one")
+        elif re.fullmatch(r"\S+\.(png|jpe?g|webp|gif|bmp|mp4)", line.lower()):
+            raise BadInput(f"there is no file {line}; /clear lists the pictures")
         elif line.lower() in self.examples:
             question = self.examples[line.lower()]
             print(question)
@@ -188,7 +193,8 @@ class Terminal:
             self.texts["frames"].format(count=len(frames), name=file.name) if len(frames) > 1 else file.name
             for file, frames in zip(files, seen, strict=True)
         ]
-        print(self.texts["showing"].format(names=self.texts["and"].join(names) or self.texts["no picture"]))
+        showing = self.texts["showing"] if names else self.texts["no picture"]
+        print(showing.format(names=self.texts["and"].join(names)))
         self.show_examples(files)
 
     def files_in(self, text):
@@ -197,7 +203,7 @@ class Terminal:
         if os.path.isfile(text):  # its name may have spaces
             names = [text]
         elif re.fullmatch(NUMBERS, text):
-            names = re.findall(r"\d+", text)
+            names = [str(int(digits)) for digits in re.findall(r"\d+", text)]  # full-width ones, too
         else:
             try:
                 names = shlex.split(text, posix=os.name == "posix")

@@ -155,8 +155,9 @@ def create_app(*flags):
     app.api.add_routes(app)
 
     # the chat page
+    single = not (args.multi or args.weights or args.backend)  # the model learned about single pictures only
     samples = Path(in_repository("dataset/eval_multi_images" if args.multi else "dataset/eval_images")).absolute()
-    add_chat_page(app, samples, {**app.api.info, "demo": args.demo})
+    add_chat_page(app, samples, {**app.api.info, "demo": args.demo, "single": single})
     return app
 
 

@@ -242,14 +242,19 @@ def main():
         dataset = VLMDataset(args.target, args.folder, tokenizer, config, ANY_LENGTH, Preprocess(), **lenient)
         print(f"with the tokenizer in {args.tokenizer_path}: {dataset.describe()}")
 
-    # the summary ends with the next command to run
-    command = [in_repository("2-sft_vlm.py"), "--from_weights", in_repository("out/512_vlm_sft.pth")]
+    # the summary ends with the next command to run, which fits the tokenizer
+    is_demo = args.tokenizer_path == DEMO_MODEL["tokenizer_path"]
+    weights = in_repository(f"out/{192 if is_demo else 512}_vlm_sft.pth")
+    settings = "--epochs 30" if is_demo else SETTINGS
+    command = [in_repository("2-sft_vlm.py"), *(["--demo"] if is_demo else []), "--from_weights", weights]
+    if not is_demo and args.tokenizer_path not in (None, TOKENIZER_PATH):
+        command += ["--tokenizer_path", args.tokenizer_path]
     command += ["--out_dir", in_repository("out/mine")]
     command += ["--data_path", str(args.target), "--images_path", str(args.folder)]
     not_used = f" (columns not used: {', '.join(unused)})" if unused else ""
     print(
         f"wrote {args.target}: {len(records)} records about {num_pictures} pictures{not_used}; next: "
-        f"python {' '.join(map(quoted, command))} {SETTINGS}"
+        f"python {' '.join(map(quoted, command))} {settings}"
     )
 
 

@@ -319,7 +319,9 @@ def load_chat(args):
         weights = weights_path(args.out_dir, args, wanted.writes)
         if args.demo and not weights.exists():
             stages = list(STAGES.values())
-            commands = [f"python {stage.command} --demo" for stage in stages[: stages.index(wanted) + 1]]
+            needed = stages[: stages.index(wanted) + 1]
+            missing = [stage for stage in needed if not weights_path(args.out_dir, args, stage.writes).exists()]
+            commands = [f"python {stage.command} --demo" for stage in missing]
             raise BadInput(f"{weights} not found: train the demo first, with {' && '.join(commands)}")
     dtype, int8 = pick_dtype(args.dtype, args.device), args.quantize == "int8"
     return Chat(

@@ -54,8 +54,8 @@ def load_tokenizer(folder):
     folder = Path(folder)
     if not (folder / "tokenizer.json").exists():
         raise BadInput(
-            f"no tokenizer in {folder}: download minimind_tokenizer into it (see README, 'Train it for real'), "
-            "name another folder with --tokenizer_path, or try --demo"
+            f"no tokenizer in {folder}: add --demo for the demo, or name the folder of the language model's tokenizer with "
+            "--tokenizer_path (see README, 'Train it for real')"
         )
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)  # Auto classes may run code

@@ -227,8 +227,12 @@ def test_files_that_cannot_be_read_or_written_are_reported(place, monkeypatch):
 def test_from_a_folder_of_pictures_to_a_finetuned_model(place, tokenizer, tiny_clip):
     """Convert, then the command that it prints, with a tiny model."""
     (place / "my.csv").write_text("image,caption\na.png,红色\nb.jpg,红色\n", encoding="utf-8")
-    code, out, err = run_python("-m", "dataset.convert", place / "my.csv", place / "photos", place / "my.json")
-    assert code == 0 and not err, err
+    tokenizer.save_pretrained(place / "tokenizer")
+    arguments = ["-m", "dataset.convert", place / "my.csv", place / "photos", place / "my.json"]
+    code, out, err = run_python(*arguments)
+    assert code == 0 and "python 2-sft_vlm.py --demo --from_weights out/192_vlm_sft.pth " in out, err
+    code, out, err = run_python(*arguments, "--tokenizer_path", place / "tokenizer")
+    assert code == 0 and not err and f"--tokenizer_path {place / 'tokenizer'} --out_dir out/mine " in out, err
     start = save_random_vlm(place / "64_vlm_sft.pth", tokenizer)
     settings = shlex.split(out.split("--out_dir out/mine ")[1])
     sizes = ["--dim", 64, "--n_layers", 2, "--n_heads", 4, "--n_kv_heads", 2, "--device", "cpu"]

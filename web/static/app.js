@@ -12,20 +12,20 @@ const TEXTS = {
     top_p: "候选词的概率合计（top‑p；1 = 全部）", max_tokens: "回答最长多少个 token",
     seed: "随机种子（同样的种子，同样的回答）", seed_random: "每次不同", reset: "恢复默认",
     welcome: "让小小的模型看一看", samples: "点一张图片试试，或者拖入、粘贴、画一张你自己的图片",
-    welcome_demo: "选一张图片，问它画了什么、在哪里、什么颜色、有几个。演示模型只学过彩色图形，中文英文都行；问别的，它也会很自信地答。每个问题单独回答：它看得到图片，看不到前面说过的话。",
+    welcome_demo: "选一张图片，问它画了什么、在哪里、什么颜色、有几个。演示模型只学过彩色图形，中文英文都行；问别的，它会很自信地答错。每个问题单独回答：它看得到图片，看不到前面说过的话。",
     welcome_text: "选一张图片，问问里面有什么。模型很小，答错时也一样自信。每个问题单独回答：它看得到图片，看不到前面说过的话。",
     ask: "问问这张图片……", ask_without: "先选一张图片，再提问……", add: "添加图片或短视频", send: "发送", stop: "停止", remove: "移除图片",
     attached: "要问的图片", questions: "可以这样问", log: "对话", picture: "图片", drop: "松手即可添加图片",
     alone: "每个问题单独回答，图片会保留，可以接着问。小模型会出错。",
     copy: "复制", copied: "已复制", again: "重新回答", look: "它看了哪里", hide: "收起",
     waiting: (n) => `前面还有 ${n} 位，请稍候……`, speed: (rate, n) => `${n} 个 token，${rate} token/s`, count: (n) => `${n} 个 token`,
-    stopped: "已停止", cut: "已到长度上限", lost: "和服务器的连接断了，它还在运行吗？", empty: "先写下问题。",
+    no_picture: "没有图片，只能猜", single: "这个模型只学过单张图片", stopped: "已停止", cut: "已到长度上限", lost: "和服务器的连接断了，它还在运行吗？", empty: "先写下问题。",
     unreadable: (name, why) => `读不了 ${name}，换一个试试（服务器说：${why}）。`, busy: "现在提问的人太多，请稍后再试。",
     too_long: (n, most) => `图片和问题一共 ${n} 个 token，模型最多读 ${most} 个：请缩短问题，或去掉图片。`, server: (why) => `服务器出错了：${why}`,
     edit: "改一改再问", down: "到最下面", enlarge: "放大", enlarged: "放大的图片", frames: (n) => `看 ${n} 帧`, frame: (n) => `第 ${n} 帧`,
     not_kept: "图片太大，刷新后没有保留", not_kept_long: "浏览器放不下全部图片，刷新页面后最大的会丢失。",
     layer: "层", mean: "各层平均", share: (percent) => `这一步有 ${percent}% 的注意力在这张图上`,
-    pick: "把指针移到、点按答案里的词，或用方向键选词。亮处是写下这个词的那一步注意力所在的图块（7×7，各头平均，相对最亮的一块）。注意力说明信息从哪里读来，并不说明模型为什么这样回答。",
+    pick: "把鼠标移到（或点按）答案里的某个词，也可以用方向键切换。亮处是模型写这个词时注意力集中的图块（7×7，各头平均，亮度以最亮的一块为准）。注意力说明信息从哪里读来，并不说明模型为什么这样回答。",
     draw: "画一张图", pad: "画板", canvas: "画布：方向键移动，加号和减号改变大小，回车键画上", drawing_file: "我的画.png",
     drawing_tools: "工具", brush: "画笔", eraser: "橡皮", circle: "圆形", square: "方形", triangle: "三角形", star: "星形", cross: "十字形", ring: "圆环",
     colours: "颜色", red: "红色", orange: "橙色", yellow: "黄色", green: "绿色", cyan: "青色", blue: "蓝色", purple: "紫色", black: "黑色", any_colour: "其他颜色",
@@ -47,7 +47,7 @@ const TEXTS = {
     alone: "Each question is answered on its own. The pictures stay, so you can ask again. Small models make mistakes.",
     copy: "Copy", copied: "Copied", again: "Regenerate", look: "What it looked at", hide: "Hide",
     waiting: (n) => `${n} ahead of you, please wait…`, speed: (rate, n) => `${n} tokens, ${rate} tokens/s`, count: (n) => `${n} tokens`,
-    stopped: "stopped", cut: "stopped at the length limit", lost: "Lost the connection to the server. Is it still running?", empty: "Write a question first.",
+    no_picture: "saw no picture, so it guesses", single: "this model learned about single pictures", stopped: "stopped", cut: "stopped at the length limit", lost: "Lost the connection to the server. Is it still running?", empty: "Write a question first.",
     unreadable: (name, why) => `${name} can't be read, try another one (the server says: ${why}).`, busy: "Too many questions at once: try again in a moment.",
     too_long: (n, most) => `Pictures and question are ${n} tokens, and the model reads at most ${most}: shorten the question, or remove a picture.`, server: (why) => `The server reported a problem: ${why}`,
     edit: "Edit and ask again", down: "To the bottom", enlarge: "Enlarge", enlarged: "Enlarged picture", frames: (n) => `sees ${n} frames`, frame: (n) => `frame ${n}`,
@@ -210,9 +210,9 @@ function showPictures() {
   }));
   $("question").dataset.placeholder = pictures.length ? "ask" : "ask_without";
 
-  // the first picture's own questions, those in the page's language first, and one that fits any single picture
-  const foreign = (text) => /[\u4e00-\u9fff]/.test(text) !== (document.documentElement.lang === "zh-CN");
-  const questions = new Set([...pictures[0]?.questions ?? []].sort((a, b) => foreign(a) - foreign(b)));
+  // the first picture's own questions in the page's language, and one that fits any single picture
+  const own = (text) => /[\u4e00-\u9fff]/.test(text) === (document.documentElement.lang === "zh-CN");
+  const questions = new Set((pictures[0]?.questions ?? []).filter(own));
   if (pictures.length === 1) questions.add(t("ask_alone"));
   $("chips").replaceChildren(...[...questions].map((text) => (
     make("button", { type: "button", textContent: text, onclick: () => ask(text) }))));
@@ -414,6 +414,8 @@ class Exchange {
     if (tokens) notes.push(rate ? t("speed", rate.toFixed(0), tokens) : t("count", tokens));
     if (this.finishReason === "length") notes.push(t("cut"));
     if (this.finishReason === "stopped") notes.push(t("stopped"));
+    if (!this.pictures.length) notes.push(t("no_picture"));
+    if (this.pictures.length > 1 && info.single) notes.push(t("single"));
     return notes.join(" · ");
   }
 
@@ -508,6 +510,7 @@ function ask(question) {
     notice(t("empty"));
     return;
   }
+  $("notice").hidden = true;
   const exchange = new Exchange(text, [...pictures]);
   exchanges.push(exchange);
   $("welcome").hidden = true;
