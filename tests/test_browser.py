@@ -250,7 +250,9 @@ def test_settings_reach_the_model(visit):
     body = request.value.post_data_json
     assert (body["max_tokens"], body["seed"]) == (3, 7)
     assert "temperature" not in body and "top_k" not in body  # what was not changed is the server's
-    expect(page.locator(".speed")).to_have_text(re.compile("^3 tokens, .* stopped at the length limit · saw no picture, so it guesses$"))
+    expect(page.locator(".speed")).to_have_text(
+        re.compile("^3 tokens, .* stopped at the length limit · saw no picture, so it guesses$")
+    )
 
 
 @pytest.mark.parametrize("colour_scheme", ["light", "dark"])

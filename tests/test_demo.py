@@ -12,12 +12,9 @@ from dataset.demo import drawing, sentences, world
 from dataset.demo.scenes import CHANGES, MOVING_CHANGES, UNSEEN_PAIRS, Thing, changed_scene, random_scene, split_of
 from dataset.demo.sentences import LANGUAGES, QUESTIONS
 from model.checkpoint import read_weights
-from model.conversation import tokenizer_fields
 from model.demo.make_clip import probe
-from model.demo.make_llm import SIZES, score
+from model.demo.make_llm import score, text_model
 from model.errors import BadInput
-from model.LMConfig import LMConfig
-from model.model import MiniMindLM
 from model.vision_utils import load_vision
 
 FOLDER = ROOT / "model" / "demo"
@@ -61,6 +58,23 @@ def test_things_are_drawn_where_and_as_their_words_say():
             found = picture[round(look.y), round(x)].astype(int)
             between = [sorted(pair) for pair in zip(look.colour, look.shade, strict=True)]
             assert all(low - 8 <= c <= high + 8 for c, (low, high) in zip(found, between, strict=True)), (thing, found)
+
+
+@pytest.mark.parametrize("nameless", ["colour", "shape"])
+def test_things_without_a_name_are_asked_about_anything_else(nameless):
+    rng = random.Random(0)
+    own = {language.words[key] for language in LANGUAGES.values() for key in sentences.FIELDS[nameless]}
+    seen = set()
+    for _ in range(100):
+        scene = random_scene(rng)
+        pairs = sentences.questions(scene, rng, 4, nameless)
+        assert len(pairs) == 4 and not any(word in text for pair in pairs for text in pair for word in own)
+        seen.update(answer for _, answer in pairs)
+        nobody = [thing._replace(**{nameless: None}) for thing in scene]
+        named, without = (drawing.draw(things, random.Random(1)).tobytes() for things in (scene, nobody))
+        assert named != without
+    answered = "形。|a (star|ring)" if nameless == "colour" else "色的。|is (red|blue)"
+    assert sum(bool(re.search(answered, answer)) for answer in seen) > 20
 
 
 def test_animations_show_what_their_change_says():
@@ -196,10 +210,15 @@ def test_encoder_tells_words_apart_that_it_never_saw_together():
 
 
 def test_language_model_answers_about_scenes_in_words(tokenizer):
-    model = MiniMindLM(LMConfig(**SIZES, **tokenizer_fields(tokenizer)))
+    """In sentences, and as the words of each thing added up on a patch."""
+    model = text_model(tokenizer)
     model.load_state_dict(read_weights(FOLDER / "192_llm.pth"))
     shares = score(model, tokenizer, "heldout", count=20)
-    assert sum(shares.values()) / len(shares) > 0.95, shares
+    for kinds in (
+        {kind for kind in shares if kind.startswith("image")},
+        {kind for kind in shares if "image" not in kind},
+    ):
+        assert len(kinds) == 17 and sum(shares[kind] for kind in kinds) / 17 > 0.95, shares
 
 
 @pytest.mark.slow

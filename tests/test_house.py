@@ -14,7 +14,7 @@ HOUSE = """
     dataset.check dataset.convert dataset.demo.scenes dataset.demo.drawing dataset.demo.sentences dataset.demo.world
     model.training.distributed model.training.logs model.training.stats model.training.feature_cache model.training.graphs
     model.training.resume model.training.trainer model.training.plot
-    model.demo.make_tokenizer model.demo.make_llm model.demo.make_clip
+    model.demo.make_tokenizer model.demo.make_clip model.demo.make_llm
     web.requests web.queue web.api web.backend
     1-pretrain_vlm 2-sft_vlm 3-eval_chat web_server
 """

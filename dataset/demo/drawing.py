@@ -175,9 +175,23 @@ def rotation(fraction):
     return 1j ** (4 * fraction)
 
 
+NAMELESS_OUTLINES = [
+    [-1j, 0.9 - 0.1j, 0.35 - 0.1j, 0.35 + 0.95j, -0.35 + 0.95j, -0.35 - 0.1j, -0.9 - 0.1j],
+    [-0.35j + rotation(k / 32) for k in range(17)],
+    [-0.75 - 0.95j, -0.05 - 0.95j, -0.05 + 0.25j, 0.8 + 0.25j, 0.8 + 0.9j, -0.75 + 0.9j],
+    [0.3 - 1j, -0.6 + 0.15j, -0.05 + 0.15j, -0.3 + 1j, 0.6 - 0.2j, 0.05 - 0.2j],
+]
+
+
 def outline(shape, radius, proportion):
-    """Corners of a shape around (0, 0) as complex numbers x + yj; None for the two shapes that are not polygons."""
+    """Corners of a shape around (0, 0) as complex numbers x + yj; None for the two shapes that are not polygons.
+
+    Without a shape's name, one that has none here: an arrow, half a disc, an L, a zigzag.
+    """
     up = -1j * radius
+    if shape is None:
+        number, turn = divmod(4 * proportion, 1)
+        return [radius * corner * rotation(turn) for corner in NAMELESS_OUTLINES[int(number)]]
     if shape == "square":
         side = radius * 0.8
         return [side * corner for corner in (-1 - 1j, 1 - 1j, 1 + 1j, -1 + 1j)]

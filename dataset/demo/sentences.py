@@ -12,6 +12,7 @@ from model.errors import BadInput
 
 from .scenes import COLOURS, PLACES, SHAPES, SIZES, Thing, free_places, only
 
+FIELDS = {"place": PLACES, "size": SIZES, "colour": COLOURS, "shape": SHAPES}
 KEYS = [*PLACES, *SIZES, *COLOURS, *SHAPES]  # a thing's words, which are English
 
 
@@ -20,18 +21,51 @@ class Chinese:
 
     words = "左上角 上方 右上角 左边 中间 右边 左下角 下方 右下角 大 小 红色 橙色 黄色 绿色 青色 蓝色 紫色 黑色 圆形 方形 三角形 星形 十字形 圆环"
     words = dict(zip(KEYS, words.split(), strict=True))
+    # what else people call them; answers don't
+    synonyms = {
+        "圆形": ["圆", "圆圈"],
+        "方形": ["正方形", "方块"],
+        "三角形": ["三角"],
+        "星形": ["星星", "五角星"],
+        "十字形": ["十字"],
+    }
     numbers = ["零", "一", "两", "三", "四"]
     nothing = "空"
     punctuation = "，；。"
 
     questions = {
-        "colour": ["{subject}是什么颜色的？", "{subject}是什么颜色？", "{subject}的颜色是什么？"],
+        "colour": [
+            "{subject}是什么颜色的？",
+            "{subject}是什么颜色？",
+            "{subject}的颜色是什么？",
+            "{subject}什么颜色？",
+        ],
         "shape": ["{subject}是什么形状的？", "{subject}是什么形状？", "{subject}的形状是什么？"],
         "size": ["{subject}是大的还是小的？", "{subject}有多大？", "{subject}大不大？"],
-        "where": ["{subject}在哪里？", "{subject}在什么位置？", "{subject}在图中的哪里？"],
-        "count": ["有几个{things}？", "图中一共有多少个{things}？", "图中有几个{things}？"],
-        "exist": ["有{thing}吗？", "图中有没有{thing}？", "图中有{thing}吗？"],
-        "caption": [CAPTION_PROMPT, "图中有什么？", "请描述这张图片。", "请说明画面内容。", "看图说话。"],
+        "where": ["{subject}在哪里？", "{subject}在什么位置？", "{subject}在图中的哪里？", "{subject}在哪？"],
+        "count": [
+            "有几个{things}？",
+            "图中一共有多少个{things}？",
+            "图中有几个{things}？",
+            "图里有几个{things}？",
+            "有多少{things}？",
+        ],
+        "exist": ["有{thing}吗？", "图中有没有{thing}？", "图中有{thing}吗？", "图里有{thing}吗？", "有没有{thing}？"],
+        "caption": [
+            CAPTION_PROMPT,
+            "图中有什么？",
+            "图里有什么？",
+            "图里画了什么？",
+            "画了什么？",
+            "有什么？",
+            "这是什么？",
+            "你看到了什么？",
+            "图中有哪些图形？",
+            "请描述这张图片。",
+            "描述一下这张图。",
+            "请说明画面内容。",
+            "看图说话。",
+        ],
         "change": ["两张图有什么不同？", "第二张图有什么变化？"],
         "animation": ["动画里有什么变化？", "先后有什么不同？"],
         "other": [
@@ -43,6 +77,11 @@ class Chinese:
             "图中的人在做什么？",
             "有没有猫？",
             "这是什么车？",
+            "你好",
+            "谢谢",
+            "你是谁？",
+            "你会什么？",
+            "今天星期几？",
         ],
     }
     short_questions = {
@@ -57,6 +96,7 @@ class Chinese:
         "size": "{subject}是{size}的。",
         "where": "{subject}在{place}。",
         "empty": "{place}没有图形。",
+        "absent": "图中没有{thing}。",
         "yes": "有，图中有{thing}。",
         "no": "没有，图中没有{thing}。",
         "other": "图里只有彩色的图形。",
@@ -100,6 +140,9 @@ class Chinese:
 
     def as_typed(self, question, rng):
         """The question as somebody might type it."""
+        if rng.random() < 0.15:
+            words = "|".join(self.synonyms)
+            question = re.sub(words, lambda match: rng.choice(self.synonyms[match[0]]), question)
         question = rng.choice(self.openings) + question if rng.random() < 0.15 else question
         return question.rstrip("？。") if rng.random() < 0.1 else question
 
@@ -121,12 +164,24 @@ class English:
             "How many {things} are there?",
             "How many {things} are in the picture?",
             "How many {things} can you see?",
+            "How many {things}?",
         ],
-        "exist": ["Is there {thing}?", "Is there {thing} in the picture?", "Can you see {thing}?"],
+        "exist": [
+            "Is there {thing}?",
+            "Is there {thing} in the picture?",
+            "Can you see {thing}?",
+            "Do you see {thing}?",
+        ],
         "caption": [
             "Describe the picture.",
+            "Describe it.",
             "What is in the picture?",
+            "What is in this image?",
+            "What is this?",
+            "What is there?",
             "What do you see?",
+            "What does the picture show?",
+            "Which shapes are there?",
             "Please describe this image.",
         ],
         "change": ["What is different in the second picture?", "What has changed?"],
@@ -140,6 +195,12 @@ class English:
             "What is the man doing?",
             "Is there a cat?",
             "What kind of car is this?",
+            "Hello",
+            "Hi!",
+            "Thank you",
+            "Who are you?",
+            "What can you do?",
+            "Help",
         ],
     }
     short_questions = {
@@ -154,6 +215,7 @@ class English:
         "size": "{subject} is {size}.",
         "where": "{subject} is {place}.",
         "empty": "there is no shape {place}.",
+        "absent": "there is no {thing}.",
         "yes": "yes, there is {thing}.",
         "no": "no, there is no {bare_thing}.",
         "other": "I only see coloured shapes.",
@@ -240,8 +302,18 @@ def values(language, thing):
     }
 
 
+def absent(language, scene, rng, without):
+    """(how to name a thing that isn't there, what is said of it), by a colour or a shape, but not by the field `without`."""
+    field = rng.choice([field for field in ("colour", "shape") if field != without])
+    noun = language.noun(**{field: rng.choice([word for word in FIELDS[field] if not only(scene, **{field: word})])})
+    return language.the(noun), language.answers["absent"].format(thing=noun)
+
+
 def ask_property(kind, language, scene, rng):
-    """What colour, shape or size a thing has; one time in twelve about a place that is empty."""
+    """What colour, shape or size a thing has; now and then about a place that is empty, or a thing that isn't there."""
+    if rng.random() < 1 / 12:
+        subject, answer = absent(language, scene, rng, without=kind)
+        return rng.choice(language.questions[kind]).format(subject=subject), answer
     if rng.random() < 1 / 12:
         thing = Thing(rng.choice(free_places(scene)), *scene[0][1:])
         by, subject = "place", language.the_thing_at(thing.place)
@@ -260,6 +332,10 @@ def ask_property(kind, language, scene, rng):
 
 
 def ask_where(language, scene, rng):
+    """Where a thing is; now and then one that isn't there."""
+    if rng.random() < 1 / 12:
+        subject, answer = absent(language, scene, rng, without="place")
+        return rng.choice(language.questions["where"]).format(subject=subject), answer
     thing = rng.choice(scene)
     ways = subjects(language, scene, thing, without="place")
     if not ways:
@@ -314,16 +390,26 @@ def question(language, scene, rng, kind):
     return asked and (language.as_typed(asked[0], rng), language.sentence(asked[1]))
 
 
-def questions(scene, rng, count):
-    """`count` different (question, answer) pairs, of random kinds and languages; few about what isn't shown."""
+def questions(scene, rng, count, nameless=None):
+    """`count` different (question, answer) pairs, of random kinds and languages; few about what isn't shown.
+
+    nameless: "colour" or "shape" if neither questions nor answers may name one.
+    """
     weights = [0.2 if kind == "other" else 1 for kind in QUESTIONS]
     answers = {}
     while len(answers) < count:
         language = rng.choice(list(LANGUAGES.values()))
         pair = question(language, scene, rng, rng.choices(list(QUESTIONS), weights)[0])
-        if pair:
+        if pair and not (nameless and names(pair, nameless)):
             answers.setdefault(*pair)
     return list(answers.items())
+
+
+def names(texts, field):
+    """Whether texts have a word of this field, "colour" or "shape", in either language."""
+    return any(
+        language.words[key] in text for language in LANGUAGES.values() for key in FIELDS[field] for text in texts
+    )
 
 
 # --- about changes --------------------------------------------------------------------------------------------------
@@ -366,7 +452,6 @@ FORMS = ["caption", "words", "pairs", "places"]
 
 # --- reading --------------------------------------------------------------------------------------------------------
 
-FIELDS = {"place": PLACES, "size": SIZES, "colour": COLOURS, "shape": SHAPES}
 FILLERS = r"的|在|有|图中|一个|\b(an?|the|at|on|in|is|are|and|there)\b"
 
 
@@ -377,11 +462,14 @@ def read_scene(text):
     says what is missing or not understood.
     """
     example = "for example: 红色 星形 左上角, small blue circle middle"
-    chinese = {word: key for key, word in LANGUAGES["zh"].words.items()}
+    language = LANGUAGES["zh"]
+    chinese = {word: key for key, word in language.words.items()}
+    chinese |= {other: chinese[word] for word, others in language.synonyms.items() for other in others}
+    longest_first = "|".join(sorted(chinese, key=len, reverse=True))
     scene = []
     for part in filter(str.strip, re.split(r"[,，;；、。.]|\band\b", text.lower())):
         # Chinese words become English ones; then take out each field's word
-        rest = re.sub("|".join(chinese), lambda match: f" {chinese[match[0]]} ", part)
+        rest = re.sub(longest_first, lambda match: f" {chinese[match[0]]} ", part)
         words = {}
         for field, known in FIELDS.items():
             found = re.findall(rf"\b({'|'.join(sorted(known, key=len, reverse=True))})\b", rest)

@@ -29,6 +29,7 @@ from .sentences import LANGUAGES, QUESTIONS, change_in_words, question, question
 
 FOLDER = Path(in_repository("dataset/demo_world"))
 FRAMES = 4  # of an animation
+NAMELESS = 4  # for so many training pictures there is one of things without a name
 
 
 class World:
@@ -65,9 +66,26 @@ class World:
             captions.append(make_record([name], [(prompt, caption)]))
 
             # stage 2: questions, and now and then the caption
-            (first_question, first_answer), *others = questions(scene, self.rng, turns)
-            conversations.append(make_record([name], [(f"<image>\n{first_question}", first_answer), *others]))
+            conversations.append(self.conversation(name, questions(scene, self.rng, turns)))
         return captions, conversations
+
+    def conversation(self, name, pairs):
+        """A record of (question, answer) pairs about one picture."""
+        (first_question, first_answer), *others = pairs
+        return make_record([name], [(f"<image>\n{first_question}", first_answer), *others])
+
+    def nameless_things(self, pictures, turns):
+        """Records about things in colours, or of shapes, that have no name here, with questions about anything else.
+
+        They teach to see a shape whatever its colour is, and a colour whatever its shape is.
+        """
+        records = []
+        for i in range(pictures):
+            scene, nameless = random_scene(self.rng), ("colour", "shape")[i % 2]
+            name = f"nameless_{i:05d}.jpg"
+            self.save([draw([thing._replace(**{nameless: None}) for thing in scene], self.rng)], [name])
+            records.append(self.conversation(name, questions(scene, self.rng, turns, nameless)))
+        return records
 
     def questions_of_every_kind(self, prefix, pictures, split):
         """Records to score, one for every kind of question about each picture, of one language."""
@@ -125,7 +143,6 @@ def build(folder, pictures=6000, pairs=3000, animations=1500, held_out=200, turn
     # stages 1 and 2. From here on the order matters: all draw from the same random numbers
     captions, conversations = world.captions_and_questions(pictures, turns)
     world.write("pretrain.json", captions)
-    world.write("sft.json", conversations)
     training_pairs = world.changes("pair", pairs, "train")
 
     # files to score, from scenes that training never shows
@@ -138,6 +155,9 @@ def build(folder, pictures=6000, pairs=3000, animations=1500, held_out=200, turn
     animations_to_score = world.changes("heldout_clip", held_out, "heldout", animated=True)
     world.write("score_clips.json", animations_to_score)
     world.write("score_clips_shuffled.json", world.shuffled(animations_to_score))
+
+    # the rest of stage 2
+    world.write("sft.json", conversations + world.nameless_things(pictures // NAMELESS, turns))
 
     # complete
     settings = {

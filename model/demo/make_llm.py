@@ -1,10 +1,16 @@
 """Makes the demo's language model, the counterpart of the published `512_llm.pth`: a small MiniMind trained on text only.
 
-    python -m model.demo.make_llm --minutes 3.2 --batch_size 512 --num_workers 6 --learning_rate 3e-3    # on an H100
+    python -m model.demo.make_llm --minutes 3.2 --batch_size 512 --num_workers 6 --learning_rate 3e-3     # on an H100, then
+    python -m model.demo.make_llm --further --minutes 60 --learning_rate 1e-3 --seed 1                    # on two CPU cores
 
-Where a picture will stand later, it reads a scene described in words. It learns to answer the demo's questions about the
-scene, to retell it, and to name the change from one description to another. Held-out scenes are not among its texts. It
-prints its exact-match score on held-out scenes during training, and writes model/demo/192_llm.pth (float16).
+It reads scenes in words, and learns to answer the demo's questions about them, to retell them, and to name the change from
+one to another. One scene in four is sentences. The others stand in the placeholder of a picture, as in an ideal encoder's
+output: all the words of a thing added up in the one vector of the patch that it is on. So what is new to it when
+it gets pictures are only the encoder's own vectors; a text model that has never read several words at one position finds
+the shape or the colour there, but not if it has never seen these two together.
+
+Held-out scenes are not among its texts. It prints its exact-match score on them during training, and writes
+model/demo/192_llm.pth (float16). tests/benchmarks/LOG.md has the runs that made the one that is shipped.
 """
 
 import argparse
@@ -14,22 +20,28 @@ import random
 import re
 import time
 from collections import Counter
+from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoTokenizer
 
 from dataset.dataset import collate
-from dataset.demo import scenes, sentences
-from model.arguments import COUNT, COUNT_OR_NONE, LEARNING_RATE, MINUTES, SEED, THREADS
-from model.checkpoint import provenance, write_weights
-from model.conversation import encode_conversations
+from dataset.demo import drawing, scenes, sentences
+from model.arguments import COUNT, COUNT_OR_NONE, LEARNING_RATE, MINUTES, SEED, THREADS, add_switch
+from model.checkpoint import provenance, read_weights, write_weights
+from model.conversation import encode, encode_conversations
 from model.errors import run_script
 from model.LMConfig import LMConfig
-from model.model import MiniMindLM
+from model.model_vlm import MiniMindVLM
 from model.training.graphs import GraphedForwardBackward
+
+from .make_clip import patch_of
 
 FOLDER = Path(__file__).parent
 SIZES = {"dim": 192, "n_layers": 6, "n_heads": 6, "n_kv_heads": 3, "multiple_of": 64}
@@ -37,6 +49,8 @@ SIZES = {"dim": 192, "n_layers": 6, "n_heads": 6, "n_kv_heads": 3, "multiple_of"
 # Words that stand between what is asked about and what is said about it. So small a model doesn't learn to look beyond them
 # if they are there from the start: it begins with telegrams ("左上角红色", "top left red"), and the gap grows slowly.
 FILLERS = re.compile(r"的图形|的|是|图中|，图中|了|一个|\b([Tt]he|an?|is|at|on|in|shape|[Tt]here|are) ?")
+SHARES = 0.4, 1.6  # of a word in what is added up
+NOISE = 0.5  # on that, at most: a part of its standard deviation
 GAP_TIME = 0.4  # of the training, until no filler is left out
 
 
@@ -45,38 +59,51 @@ def with_few_fillers(text, rng, chance):
     return FILLERS.sub(lambda match: "" if rng.random() < chance else match[0], text) if chance else text
 
 
-def about_one_scene(rng, split, turns, progress):
-    """[(question, answer), ...] about a scene in words, easier at the beginning of training (`progress` from 0 to 1).
+def as_picture(scene, rng, nameless=None):
+    """{patch token: thing} of a scene: where an encoder would tell of each thing; the field `nameless` of all is None."""
+    while True:
+        things = {patch_of(look): thing for thing, look in drawing.random_looks(scene, rng).items()}
+        if len(things) == len(scene):  # no two on the same patch
+            return {p: thing._replace(**{nameless: None}) if nameless else thing for p, thing in things.items()}
 
-    Easy ones give the scene as pairs of words, and most only retell it: a question trains one word to look up, a retelling
-    every word of the scene.
+
+def about_one_scene(rng, split, turns, progress, in_words):
+    """([(question, answer), ...], pictures) about a scene, easier at the beginning of training (`progress` from 0 to 1).
+
+    in_words: whether the scene is described in words; else it is a picture. Easy descriptions are pairs of words, and most
+    answers to them only retell the scene: a question trains one word to look up, a retelling every word of the scene.
     """
     easy = rng.random() < 1 - 4 * progress
     counts = (2, 2, 3) if easy else scenes.COUNTS
     scene = scenes.random_scene(rng, split, counts)
     described = rng.choice(list(sentences.LANGUAGES.values()))
     form = "pairs" if easy else rng.choice(sentences.FORMS)
-    if rng.random() < (0.6 if easy else 0.1):  # in the same or the other language
+    # now and then things in colours, or of shapes, that have no name, asked about anything else
+    nameless = None if in_words else rng.choice([None, "colour", "shape"])
+    if not nameless and rng.random() < (0.6 if easy else 0.1):  # in the same or the other language
         retelling = rng.choice(list(sentences.LANGUAGES.values()))
         pairs = [sentences.question(retelling, scene, rng, "caption")]
     else:
-        pairs = sentences.questions(scene, rng, turns)
-    pairs[0] = (f"{sentences.scene_in_words(described, scene, rng, form)}\n{pairs[0][0]}", pairs[0][1])
-    return pairs
+        pairs = sentences.questions(scene, rng, turns, nameless)
+    text = sentences.scene_in_words(described, scene, rng, form) if in_words else "<image>"
+    pairs[0] = (f"{text}\n{pairs[0][0]}", pairs[0][1])
+    return pairs, [] if in_words else [as_picture(scene, rng, nameless)]
 
 
-def about_a_change(rng, split, progress):
-    """[(question, answer)] about two scenes in words; at the beginning of training, the two in the same form."""
+def about_a_change(rng, split, progress, in_words):
+    """([(question, answer)], pictures) about two scenes; at the beginning of training, the two in the same form."""
     scene, change = scenes.changed_scene(rng, split, (1, 2) if rng.random() < 1 - 2 * progress else scenes.COUNTS)
+    both = scene, change.apply(scene)
     language, described = (rng.choice(list(sentences.LANGUAGES.values())) for _ in range(2))
     forms = [rng.choice(["places", "places", *sentences.FORMS])] * 2
     if rng.random() < progress - 0.3:
         forms[1] = rng.choice(sentences.FORMS)
-    texts = [
-        sentences.scene_in_words(described, s, rng, f) for s, f in zip((scene, change.apply(scene)), forms, strict=True)
-    ]
+    texts = ["<image>"] * 2
+    if in_words:
+        texts = [sentences.scene_in_words(described, s, rng, form) for s, form in zip(both, forms, strict=True)]
     asked = rng.choice(language.questions[rng.choice(["change", "animation"])])
-    return [("\n".join([*texts, asked]), sentences.change_in_words(language, change))]
+    pairs = [("\n".join([*texts, asked]), sentences.change_in_words(language, change))]
+    return pairs, [] if in_words else [as_picture(s, rng) for s in both]
 
 
 def as_turns(pairs):
@@ -92,39 +119,94 @@ class Conversations(IterableDataset):
         self.begun = time.time()
 
     def progress(self):
-        return (time.time() - self.begun) / (60 * self.args.minutes)
+        """From 0 to 1; a model that is trained further is past the easy half."""
+        progress = (time.time() - self.begun) / (60 * self.args.minutes)
+        return (1 + progress) / 2 if self.args.further else progress
 
-    def conversation(self, rng):
+    def conversation(self, rng, number):
+        """(turns, pictures) of a batch's conversation with this number; the number decides what it is about."""
         progress = self.progress()
-        if progress > 0.1 and rng.random() < 0.3:
-            pairs = about_a_change(rng, "train", progress)
+        in_words = progress < 0.1 or number % 4 == 0
+        if progress > 0.1 and number % 8 < 2:
+            pairs, pictures = about_a_change(rng, "train", progress, in_words)
         else:
-            pairs = about_one_scene(rng, "train", self.args.turns, progress)
+            pairs, pictures = about_one_scene(rng, "train", self.args.turns, progress, in_words)
         chance = max(0, 1 - progress / GAP_TIME)
-        return as_turns((asked, with_few_fillers(answer, rng, chance)) for asked, answer in pairs)
+        return as_turns((asked, with_few_fillers(answer, rng, chance)) for asked, answer in pairs), pictures
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
         rng = random.Random(f"{self.args.seed} {worker and worker.id}")
         while True:
-            yield batch_of(self.tokenizer, self.config, [self.conversation(rng) for _ in range(self.args.batch_size)])
+            talks = [self.conversation(rng, number) for number in range(self.args.batch_size)]
+            yield batch_of(self.tokenizer, self.config, talks)
+
+
+@cache
+def token_ids_of_words(tokenizer):
+    """{word of a thing, or nothing: token ids of the Chinese and the English word}."""
+    chinese, english = sentences.LANGUAGES.values()
+    texts = {word: [chinese.words[word], f" {english.words[word]}"] for word in sentences.KEYS}
+    texts["nothing"] = [chinese.nothing, english.nothing]
+    return {word: list(chain(*encode(tokenizer, both))) for word, both in texts.items()}
+
+
+def words_on_patches(tokenizer, pictures):
+    """Pictures as `as_picture` makes them -> token ids of the words at each vector, (N, P, W), filled up with 0.
+
+    In place of what has no name stand any two tokens.
+    """
+    ids_of = token_ids_of_words(tokenizer)
+    words = torch.zeros(len(pictures), 50, 10, dtype=torch.long)
+    nothing = torch.tensor(ids_of["nothing"])
+    words[:, 1:, : len(nothing)] = nothing  # all but the class token
+    for row, things in enumerate(pictures):
+        for patch, thing in things.items():
+            ids = [
+                token for word in thing for token in (ids_of[word] if word else torch.randint(3, len(tokenizer), (2,)))
+            ]
+            words[row, patch, : len(ids)] = torch.tensor(ids)
+    return words
+
+
+def image_features(model, words):
+    """Token ids (N, P, W) -> (N, P, D): at each position its words' embeddings, added up.
+
+    In training more or less of each word, and noise: no encoder is sure, and a sum in which two words are never in the
+    same proportion is harder to know by heart than the two words.
+    """
+    embeddings = model.tok_embeddings.weight.detach()
+    shares = torch.ones(words.shape, device=words.device)
+    if model.training:
+        shares.uniform_(*SHARES)
+    features = F.embedding_bag(
+        words.flatten(0, 1), embeddings, mode="sum", per_sample_weights=shares.flatten(0, 1), padding_idx=0
+    )
+    if model.training:
+        features = features + NOISE * features.std() * torch.rand_like(features[:, :1]) * torch.randn_like(features)
+    return features.unflatten(0, words.shape[:2])
 
 
 def batch_of(tokenizer, config, talks):
-    """Conversations -> input_ids, labels (B, T) and label_positions (L,)."""
-    encoded = encode_conversations(tokenizer, talks, config)
+    """Conversations -> input_ids, labels (B, T), label_positions (L,) and the words on their pictures (N, P, W) or None."""
+    encoded = encode_conversations(tokenizer, [turns for turns, _ in talks], config)
     items = []
     for ids, flags in encoded:
         ids = torch.tensor(ids)
         labels = torch.where(torch.tensor(flags), ids, -100)
         items.append({"input_ids": ids.numpy(), "labels": labels.numpy(), "pixel_values": [], "problems": []})
     batch = collate(items, few_shapes=True)
-    return {name: batch[name] for name in ("input_ids", "labels", "label_positions")}
+    batch = {name: batch[name] for name in ("input_ids", "labels", "label_positions")}
+    pictures = [things for _, pictures in talks for things in pictures]
+    return {**batch, "words": words_on_patches(tokenizer, pictures) if pictures else None}
 
 
 @torch.no_grad()
 def score(model, tokenizer, split, count=100):
-    """Share of single questions about scenes in words whose answer is exactly right, per kind (teacher forced, argmax)."""
+    """Share of single questions whose answer is exactly right, per kind (teacher forced, argmax).
+
+    About scenes in words, and as "image" with the words of each thing added up.
+    """
     rng = random.Random(5)
     talks, kinds = [], []
     for _ in range(count):
@@ -135,17 +217,21 @@ def score(model, tokenizer, split, count=100):
                 pair = sentences.question(language, scene, rng, kind)
                 if pair:
                     text = sentences.scene_in_words(described, scene, rng, rng.choice(sentences.FORMS))
-                    talks.append(as_turns([(f"{text}\n{pair[0]}", pair[1])]))
-                    kinds.append(f"{name} {kind}")
-        talks.append(as_turns(about_a_change(rng, "heldout", 1.0)))
-        kinds.append("change")
+                    talks.append((as_turns([(f"{text}\n{pair[0]}", pair[1])]), []))
+                    talks.append((as_turns([(f"<image>\n{pair[0]}", pair[1])]), [as_picture(scene, rng)]))
+                    kinds += [f"{name} {kind}", f"image {name} {kind}"]
+        for kind, in_words in (("change", True), ("image change", False)):
+            pairs, pictures = about_a_change(rng, "heldout", 1.0, in_words)
+            talks.append((as_turns(pairs), pictures))
+            kinds.append(kind)
     device = next(model.parameters()).device
     model.eval()
     total, good = Counter(kinds), Counter()
     for begin in range(0, len(talks), 128):
         batch = batch_of(tokenizer, model.config, talks[begin : begin + 128])
         labels = batch["labels"][:, 1:]
-        predicted = model(batch["input_ids"].to(device)).logits.argmax(-1)[:, :-1].cpu()
+        features = image_features(model, batch["words"].to(device))
+        predicted = model(batch["input_ids"].to(device), features).logits.argmax(-1)[:, :-1].cpu()
         right = ((predicted == labels) | (labels == -100)).all(dim=1)
         good.update(kind for kind, ok in zip(kinds[begin:], right.tolist(), strict=False) if ok)
     model.train()
@@ -170,12 +256,14 @@ def train(model, tokenizer, args):
             group["peak"] = group["lr"]
 
     def forward_backward(batch, answer_tokens):
+        texts = {name: x for name, x in batch.items() if name != "words"}
+        features = None if batch["words"] is None else image_features(model, batch["words"])
         # the backward of PyTorch's CPU flash attention is slow in bfloat16: 113 ms a layer against 58
         backends = (
             [SDPBackend.MATH] if args.device == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
         )
         with torch.autocast(args.device, torch.bfloat16), sdpa_kernel(backends):
-            loss = model(**batch, num_items_in_batch=answer_tokens).loss
+            loss = model(**texts, image_features=features, num_items_in_batch=answer_tokens).loss
         loss.backward()
         return loss.detach()
 
@@ -185,11 +273,11 @@ def train(model, tokenizer, args):
         forward_backward = GraphedForwardBackward(forward_backward, args.device)
     talks = Conversations(tokenizer, model.config, args)
     loader = DataLoader(talks, batch_size=None, num_workers=args.num_workers)
-    average, shown = torch.zeros((), device=args.device), 0.0
+    average, shown = torch.zeros((), device=args.device), talks.progress()
     for step, batch in enumerate(loader):
         progress = talks.progress()
         answer_tokens = (batch["labels"] != -100).sum().item()
-        batch = {name: tensor.to(args.device, non_blocking=True) for name, tensor in batch.items()}
+        batch = {name: None if x is None else x.to(args.device, non_blocking=True) for name, x in batch.items()}
         loss = forward_backward(batch, answer_tokens)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         factor = min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * min(1, max(0, 2 * progress - 1))))
@@ -199,13 +287,20 @@ def train(model, tokenizer, args):
             optimizer.step()
             optimizer.zero_grad(set_to_none=args.device == "cpu")
         average.lerp_(loss, 1 if step == 0 else 0.02)
-        if progress - shown > 0.1 or progress >= 1:
+        if progress - shown > 0.15 or progress >= 1:
             shown = progress
-            scores = score(model, tokenizer, "heldout")
-            print(f"{progress * args.minutes:.1f} min, step {step}, loss {average.item():.4f}, {scores}", flush=True)
+            scores = score(model, tokenizer, "heldout", count=20)
+            print(f"{progress:.0%}, step {step}, loss {average.item():.4f}, {scores}", flush=True)
             save(model, tokenizer)
         if progress >= 1:
             return
+
+
+def text_model(tokenizer):
+    """An untrained language model. What stands in a placeholder needs no projector here."""
+    model = MiniMindVLM(LMConfig(vocab_size=len(tokenizer), vision_width=SIZES["dim"], **SIZES))
+    model.vision_proj = nn.Identity()
+    return model
 
 
 def save(model, tokenizer):
@@ -225,15 +320,19 @@ def main():
     parser.add_argument("--num_workers", type=COUNT_OR_NONE, default=0, help="processes that write texts ahead")
     parser.add_argument("--threads", type=THREADS, default=2)
     parser.add_argument("--seed", type=SEED, default=0)
+    add_switch(parser, "--further", help="train the one that is there further, with another --seed")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-    model = MiniMindLM(LMConfig(vocab_size=len(tokenizer), **SIZES)).train()
-    with torch.no_grad():  # at this width, a standard deviation of 0.02 makes attention too uniform to learn from
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(0.07 / 0.02)
+    model = text_model(tokenizer).train()
+    if args.further:
+        model.load_state_dict(read_weights(FOLDER / "192_llm.pth"))
+    else:
+        with torch.no_grad():  # at this width, a standard deviation of 0.02 makes attention too uniform to learn from
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    parameter.mul_(0.07 / 0.02)
     print(sum(p.numel() for p in model.parameters()), "parameters", json.dumps(vars(args)))
     train(model.to(args.device), tokenizer, args)
     print("unseen", score(model, tokenizer, "unseen"))
