@@ -33,6 +33,7 @@ from model.stages import DEMO_ANSWERING, STAGES
 
 # what the demo's answers are scored on, without and with --multi
 DEMO_SCORES = {False: ("heldout", "unseen"), True: ("multi", "clips", "clips_shuffled")}
+SUFFIXES = "png|jpe?g|webp|gif|bmp|tiff?|avif|heic|mp4|m4v|mov|webm|mkv"  # of lines that mean a file
 NUMBERS = r"\d+(?:(?:[\s,，、]|and|和)+\d+)*"  # 3, 1 2, 1,2, 1 and 2
 # what the talk in a terminal says; errors are English
 TEXTS = {
@@ -46,7 +47,8 @@ TEXTS = {
         "frames": "{count} frames of {name}",
         "examples": "Type a question, or a letter for one of these:",
         "describe": "Describe the picture.",
-        "several": "(this model learned about single pictures; --multi starts the one for several)",
+        "several": "(this model learned about single pictures only: 2-sft_vlm.py --multi trains one for several,\n"
+        "--multi here starts it)",
         "drawn": "{caption} Saved as {file}: ask a question",
         "set": "{name} is {value} now",
         "stop": "  (exit leaves)",
@@ -76,7 +78,7 @@ Ctrl-C stops an answer.""",
         "frames": "{name} 的 {count} 帧",
         "examples": "输入问题，或者用字母选一个：",
         "describe": "请描述这张图片。",
-        "several": "（这个模型只学过单张图片；加 --multi 启动学过多张图片的模型）",
+        "several": "（这个模型只学过单张图片：用 2-sft_vlm.py --multi 训练看多张图片的模型，\n再在这里加 --multi 启动）",
         "drawn": "{caption}已保存为 {file}：请提问",
         "set": "{name} 现在是 {value}",
         "stop": "  （exit 退出）",
@@ -158,16 +160,16 @@ class Terminal:
         command, _, rest = line.partition(" ")
         if line in ("/clear", "/image"):
             self.clear()
-        elif command in self.commands and (rest == "" or command.startswith("/")):
-            self.commands[command](rest.strip())
-        elif self.picking or os.path.isfile(line) or re.fullmatch(NUMBERS, line):
+        elif command.lower() in self.commands and (rest == "" or command.startswith("/")):
+            self.commands[command.lower()](rest.strip())
+        elif self.picking or os.path.isfile(line) or os.path.isfile(line.strip("'\"")) or re.fullmatch(NUMBERS, line):
             self.pick(line)
+        elif re.fullmatch(rf".+\.({SUFFIXES})[\"']?", line.lower()):
+            raise BadInput(f"there is no file {line}; /clear lists the pictures")
         elif line.startswith("/"):
             raise BadInput(f"there is no {command}; /help lists the commands")
         elif re.fullmatch(r"[a-z]", line.lower()) and line.lower() not in self.examples:
             raise BadInput(f"there is no question {line}: type one")
-        elif re.fullmatch(r"\S+\.(png|jpe?g|webp|gif|bmp|mp4)", line.lower()):
-            raise BadInput(f"there is no file {line}; /clear lists the pictures")
         elif line.lower() in self.examples:
             question = self.examples[line.lower()]
             print(question)
@@ -224,7 +226,8 @@ class Terminal:
         self.picking = False
         asked = [(paths, text.replace("<image>", "").strip()) for paths, text in read_questions(self.folder)]
         chinese = self.lang == "zh"
-        own = [text for paths, text in asked if files and paths == files and is_chinese(text) == chinese]
+        own = [text for paths, text in asked if files and paths == files]
+        own = [text for text in own if is_chinese(text) == chinese] or own
         if len(self.pixels) == 1:
             own.append(self.texts["describe"])
         self.examples = dict(zip("abcdefgh", dict.fromkeys(own), strict=False))
@@ -319,11 +322,11 @@ def show_score(chat, files, images_path, out_dir):
 
 def default_lang():
     """zh where the locale is Chinese, otherwise en."""
-    names = [
-        *map(os.environ.get, ("LC_ALL", "LC_MESSAGES", "LANG")),
-        locale.getlocale()[0],
-    ]  # Windows sets none of the three
-    return "zh" if next(filter(None, names), "").startswith(("zh", "Chinese")) else "en"
+    name = next(filter(None, map(os.environ.get, ("LC_ALL", "LC_MESSAGES", "LANG"))), None)
+    if name is None:  # as on Windows
+        with contextlib.suppress(ValueError):  # a name that Python doesn't know
+            name = locale.getlocale()[0]
+    return "zh" if (name or "").startswith(("zh", "Chinese")) else "en"
 
 
 def main():

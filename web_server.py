@@ -157,7 +157,7 @@ def create_app(*flags):
     # the chat page
     single = not (args.multi or args.weights or args.backend)  # the model learned about single pictures only
     samples = Path(in_repository("dataset/eval_multi_images" if args.multi else "dataset/eval_images")).absolute()
-    add_chat_page(app, samples, {**app.api.info, "demo": args.demo, "single": single})
+    add_chat_page(app, samples, {**app.api.info, "demo": args.demo and not args.backend, "single": single})
     return app
 
 

@@ -243,7 +243,9 @@ def main():
         print(f"with the tokenizer in {args.tokenizer_path}: {dataset.describe()}")
 
     # the summary ends with the next command to run, which fits the tokenizer
-    is_demo = args.tokenizer_path == DEMO_MODEL["tokenizer_path"]
+    is_demo = (
+        bool(args.tokenizer_path) and Path(args.tokenizer_path).resolve() == Path(in_repository("model/demo")).resolve()
+    )
     weights = in_repository(f"out/{192 if is_demo else 512}_vlm_sft.pth")
     settings = "--epochs 30" if is_demo else SETTINGS
     command = [in_repository("2-sft_vlm.py"), *(["--demo"] if is_demo else []), "--from_weights", weights]

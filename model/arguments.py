@@ -320,8 +320,8 @@ def load_chat(args):
         if args.demo and not weights.exists():
             stages = list(STAGES.values())
             needed = stages[: stages.index(wanted) + 1]
-            missing = [stage for stage in needed if not weights_path(args.out_dir, args, stage.writes).exists()]
-            commands = [f"python {stage.command} --demo" for stage in missing]
+            there = [i for i, stage in enumerate(needed) if weights_path(args.out_dir, args, stage.writes).exists()]
+            commands = [f"python {stage.command} --demo" for stage in needed[max(there, default=-1) + 1 :]]
             raise BadInput(f"{weights} not found: train the demo first, with {' && '.join(commands)}")
     dtype, int8 = pick_dtype(args.dtype, args.device), args.quantize == "int8"
     return Chat(

@@ -229,7 +229,7 @@ def test_from_a_folder_of_pictures_to_a_finetuned_model(place, tokenizer, tiny_c
     (place / "my.csv").write_text("image,caption\na.png,红色\nb.jpg,红色\n", encoding="utf-8")
     tokenizer.save_pretrained(place / "tokenizer")
     arguments = ["-m", "dataset.convert", place / "my.csv", place / "photos", place / "my.json"]
-    code, out, err = run_python(*arguments)
+    code, out, err = run_python(*arguments, "--tokenizer_path", "./model/demo/")
     assert code == 0 and "python 2-sft_vlm.py --demo --from_weights out/192_vlm_sft.pth " in out, err
     code, out, err = run_python(*arguments, "--tokenizer_path", place / "tokenizer")
     assert code == 0 and not err and f"--tokenizer_path {place / 'tokenizer'} --out_dir out/mine " in out, err

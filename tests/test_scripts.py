@@ -376,7 +376,9 @@ def test_scripts_can_be_started_from_elsewhere(tmp_path, weights, tiny_clip):
         "--tokenizer_path",
         ROOT / "model/demo",
     ]
-    code, out, err = run_python(ROOT / CHAT, *places, "--device", "cpu", "--max_new_tokens", 2, cwd=tmp_path / "here")
+    code, out, err = run_python(
+        ROOT / CHAT, *places, "--device", "cpu", "--max_new_tokens", 2, cwd=tmp_path / "here", LANG="C", LC_ALL="C"
+    )
     assert code == 0 and out.count("Q: ") == 14 and f"loaded ../{weights.name}" in out, err
 
     _, out, _ = run_python(ROOT / PRETRAIN, "--help", cwd=tmp_path / "here")

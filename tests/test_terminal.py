@@ -290,8 +290,9 @@ def test_a_question_that_does_not_fit_is_said_and_forgotten(screen):
     assert "showing no picture" in screen.until("\n> ")
     screen.type("z\n")
     assert "there is no question z: type one" in screen.until("\n> ")
-    screen.type("nope.PNG\n")
-    assert "there is no file nope.PNG; /clear lists the pictures" in screen.until("\n> ")
+    for name in ("nope.PNG", "/tmp/my nope.mov"):
+        screen.type(f"{name}\n")
+        assert f"there is no file {name}; /clear lists the pictures" in screen.until("\n> ")
     screen.type("/set max_new_tokens 3\n")
     screen.type("<image>是什么？\n")
     assert "0 images were given, but the question has 1 <image>" in screen.until(r"<image>\n\n> ")
@@ -302,7 +303,7 @@ def test_a_question_that_does_not_fit_is_said_and_forgotten(screen):
 
 
 def test_without_a_terminal_it_answers_everything(flags):
-    code, out, err = run_python("3-eval_chat.py", *flags, "--max_new_tokens", 3)
+    code, out, err = run_python("3-eval_chat.py", *flags, "--max_new_tokens", 3, "--lang", "en")
     assert code == 0, err
     assert out.count("Q: ") == 14 and "[green-ring_blue-star_purple-triangle.png]" in out
     code, out, err = run_python("3-eval_chat.py", *flags, "--max_new_tokens", 3, "--lang", "zh")

@@ -186,7 +186,7 @@ NAMELESS_OUTLINES = [
 def outline(shape, radius, proportion):
     """Corners of a shape around (0, 0) as complex numbers x + yj; None for the two shapes that are not polygons.
 
-    Without a shape's name, one that has none here: an arrow, half a disc, an L, a zigzag.
+    shape None: an arrow, half a disc, an L or a zigzag, which have no names here.
     """
     up = -1j * radius
     if shape is None:

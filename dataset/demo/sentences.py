@@ -143,7 +143,7 @@ class Chinese:
         if rng.random() < 0.15:
             words = "|".join(self.synonyms)
             question = re.sub(words, lambda match: rng.choice(self.synonyms[match[0]]), question)
-        question = rng.choice(self.openings) + question if rng.random() < 0.15 else question
+        question = rng.choice(self.openings) + question if question[-1] in "？。" and rng.random() < 0.15 else question
         return question.rstrip("？。") if rng.random() < 0.1 else question
 
 
@@ -265,7 +265,7 @@ class English:
 
     def as_typed(self, question, rng):
         """The question as somebody might type it."""
-        question = rng.choice(self.openings) + question if rng.random() < 0.15 else question
+        question = rng.choice(self.openings) + question if question[-1] in "?." and rng.random() < 0.15 else question
         question = question.replace("colour", "color") if rng.random() < 0.2 else question
         question = question.rstrip("?.") if rng.random() < 0.1 else question
         return question.lower() if rng.random() < 0.1 else question
@@ -303,7 +303,7 @@ def values(language, thing):
 
 
 def absent(language, scene, rng, without):
-    """(how to name a thing that isn't there, what is said of it), by a colour or a shape, but not by the field `without`."""
+    """(the name of a thing that isn't there, the answer that says so); named by colour or shape, but not by `without`."""
     field = rng.choice([field for field in ("colour", "shape") if field != without])
     noun = language.noun(**{field: rng.choice([word for word in FIELDS[field] if not only(scene, **{field: word})])})
     return language.the(noun), language.answers["absent"].format(thing=noun)
@@ -395,11 +395,13 @@ def questions(scene, rng, count, nameless=None):
 
     nameless: "colour" or "shape" if neither questions nor answers may name one.
     """
-    weights = [0.2 if kind == "other" else 1 for kind in QUESTIONS]
+    weights = {kind: 0.2 if kind == "other" else 1 for kind in QUESTIONS}
+    if nameless:  # asked for what has no name, only denials would be left; a caption names everything
+        weights |= {"other": 0.1, "caption": 0, nameless: 0}
     answers = {}
     while len(answers) < count:
         language = rng.choice(list(LANGUAGES.values()))
-        pair = question(language, scene, rng, rng.choices(list(QUESTIONS), weights)[0])
+        pair = question(language, scene, rng, rng.choices(list(weights), weights.values())[0])
         if pair and not (nameless and names(pair, nameless)):
             answers.setdefault(*pair)
     return list(answers.items())
@@ -407,9 +409,8 @@ def questions(scene, rng, count, nameless=None):
 
 def names(texts, field):
     """Whether texts have a word of this field, "colour" or "shape", in either language."""
-    return any(
-        language.words[key] in text for language in LANGUAGES.values() for key in FIELDS[field] for text in texts
-    )
+    words = "|".join(language.words[key] for language in LANGUAGES.values() for key in FIELDS[field])
+    return any(re.search(rf"(?<![a-z])({words})", text) for text in texts)  # red, but not coloured
 
 
 # --- about changes --------------------------------------------------------------------------------------------------
@@ -465,9 +466,10 @@ def read_scene(text):
     language = LANGUAGES["zh"]
     chinese = {word: key for key, word in language.words.items()}
     chinese |= {other: chinese[word] for word, others in language.synonyms.items() for other in others}
+    chinese |= {language.words[colour][0]: colour for colour in COLOURS}  # as in 红圆
     longest_first = "|".join(sorted(chinese, key=len, reverse=True))
     scene = []
-    for part in filter(str.strip, re.split(r"[,，;；、。.]|\band\b", text.lower())):
+    for part in filter(str.strip, re.split(r"[,，;；、。.和]|\band\b", text.lower().replace("-", " "))):
         # Chinese words become English ones; then take out each field's word
         rest = re.sub(longest_first, lambda match: f" {chinese[match[0]]} ", part)
         words = {}

@@ -75,8 +75,8 @@ def new_clip(vocab_size):
 def batch_of_scenes(rng, size):
     """`size` different scenes, in groups of one and up to three variants of it that differ in one word.
 
-    In some groups things have colours, or shapes, without a name: shapes should be known in colours not seen with them, and
-    the other way round.
+    Things of some groups have colours, or shapes, that have no name, so that shapes are recognised in any colour, and
+    colours on any shape.
     """
     scenes = {}  # an ordered set
     while len(scenes) < size:

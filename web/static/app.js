@@ -47,7 +47,7 @@ const TEXTS = {
     alone: "Each question is answered on its own. The pictures stay, so you can ask again. Small models make mistakes.",
     copy: "Copy", copied: "Copied", again: "Regenerate", look: "What it looked at", hide: "Hide",
     waiting: (n) => `${n} ahead of you, please wait…`, speed: (rate, n) => `${n} tokens, ${rate} tokens/s`, count: (n) => `${n} tokens`,
-    no_picture: "saw no picture, so it guesses", single: "this model learned about single pictures", stopped: "stopped", cut: "stopped at the length limit", lost: "Lost the connection to the server. Is it still running?", empty: "Write a question first.",
+    no_picture: "saw no picture, so it guesses", single: "this model learned about single pictures only", stopped: "stopped", cut: "stopped at the length limit", lost: "Lost the connection to the server. Is it still running?", empty: "Write a question first.",
     unreadable: (name, why) => `${name} can't be read, try another one (the server says: ${why}).`, busy: "Too many questions at once: try again in a moment.",
     too_long: (n, most) => `Pictures and question are ${n} tokens, and the model reads at most ${most}: shorten the question, or remove a picture.`, server: (why) => `The server reported a problem: ${why}`,
     edit: "Edit and ask again", down: "To the bottom", enlarge: "Enlarge", enlarged: "Enlarged picture", frames: (n) => `sees ${n} frames`, frame: (n) => `frame ${n}`,
@@ -212,7 +212,8 @@ function showPictures() {
 
   // the first picture's own questions in the page's language, and one that fits any single picture
   const own = (text) => /[\u4e00-\u9fff]/.test(text) === (document.documentElement.lang === "zh-CN");
-  const questions = new Set((pictures[0]?.questions ?? []).filter(own));
+  const all = pictures[0]?.questions ?? [];
+  const questions = new Set(all.some(own) ? all.filter(own) : all);
   if (pictures.length === 1) questions.add(t("ask_alone"));
   $("chips").replaceChildren(...[...questions].map((text) => (
     make("button", { type: "button", textContent: text, onclick: () => ask(text) }))));
@@ -414,7 +415,7 @@ class Exchange {
     if (tokens) notes.push(rate ? t("speed", rate.toFixed(0), tokens) : t("count", tokens));
     if (this.finishReason === "length") notes.push(t("cut"));
     if (this.finishReason === "stopped") notes.push(t("stopped"));
-    if (!this.pictures.length) notes.push(t("no_picture"));
+    if (!this.pictures.length && !info.backend) notes.push(t("no_picture"));
     if (this.pictures.length > 1 && info.single) notes.push(t("single"));
     return notes.join(" · ");
   }
@@ -510,7 +511,7 @@ function ask(question) {
     notice(t("empty"));
     return;
   }
-  $("notice").hidden = true;
+  if (!$("notice").querySelector("button")) $("notice").hidden = true;
   const exchange = new Exchange(text, [...pictures]);
   exchanges.push(exchange);
   $("welcome").hidden = true;
