@@ -168,12 +168,12 @@ class Terminal:
             raise BadInput(f"there is no file {line}; /clear lists the pictures")
         elif line.startswith("/"):
             raise BadInput(f"there is no {command}; /help lists the commands")
-        elif re.fullmatch(r"[a-z]", line.lower()) and line.lower() not in self.examples:
-            raise BadInput(f"there is no question {line}: type one")
         elif line.lower() in self.examples:
             question = self.examples[line.lower()]
             print(question)
             self.ask(question)
+        elif re.fullmatch(r"[a-z]", line.lower()):
+            raise BadInput(f"there is no question {line}: type one")
         elif line:
             self.ask(line)
 

@@ -29,7 +29,7 @@ from .sentences import LANGUAGES, QUESTIONS, change_in_words, question, question
 
 FOLDER = Path(in_repository("dataset/demo_world"))
 FRAMES = 4  # of an animation
-NAMELESS = 4  # there is one picture of things without a name for so many other training pictures
+NAMELESS = 4  # training pictures for each one of things without a name
 
 
 class World:
