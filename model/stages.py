@@ -17,7 +17,7 @@ DEMO_MODEL = {
 }
 DEMO_LLM = in_repository("model/demo/192_llm.pth")
 # its defaults for training alone
-DEMO_TRAINING = {"cache_features": True, "learning_rate": 1e-3, "warmup_iters": 20}
+DEMO_TRAINING = {"cache_features": True, "warmup_iters": 20}
 # and for answering: its questions have one right answer
 DEMO_ANSWERING = {**DEMO_MODEL, "temperature": 0.0}
 
@@ -54,8 +54,10 @@ STAGES = {
             **DEMO_TRAINING,
             "data_path": in_repository("dataset/demo_world/pretrain.json"),
             "from_weights": DEMO_LLM,
+            # as long as the projector says nothing, a language model would learn which words are likely, pictures aside
+            "freeze_llm": True,
         }
-        | {"epochs": 2, "batch_size": 32},
+        | {"epochs": 2, "batch_size": 32, "learning_rate": 3e-3},
     ),
     "sft": Stage(
         command="2-sft_vlm.py",
@@ -71,6 +73,7 @@ STAGES = {
             "data_path": in_repository("dataset/demo_world/sft.json"),
             "epochs": 2,
             "batch_size": 16,
+            "learning_rate": 5e-4,
         },
     ),
     "sft_multi": Stage(
@@ -82,7 +85,7 @@ STAGES = {
         images_path=in_repository("dataset/sft_multi_images"),
         learning_rate=1e-6,
         demo={**DEMO_MODEL, **DEMO_TRAINING, "data_path": in_repository("dataset/demo_world/sft_multi.json")}
-        | {"epochs": 4, "batch_size": 16},
+        | {"epochs": 4, "batch_size": 16, "learning_rate": 1e-3},
     ),
 }
 

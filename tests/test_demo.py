@@ -13,7 +13,7 @@ from dataset.demo.scenes import CHANGES, MOVING_CHANGES, UNSEEN_PAIRS, Thing, ch
 from dataset.demo.sentences import LANGUAGES, QUESTIONS
 from model.checkpoint import read_weights
 from model.demo.make_clip import probe
-from model.demo.make_llm import score, text_model
+from model.demo.make_llm import as_picture, coined, score, text_model
 from model.errors import BadInput
 from model.vision_utils import load_vision
 
@@ -76,6 +76,17 @@ def test_things_without_a_name_are_asked_about_anything_else(nameless):
         assert named != without
     answered = "形。|a (star|ring)" if nameless == "colour" else "色的。|is (red|blue)"
     assert sum(bool(re.search(answered, answer)) for answer in seen) > 20
+
+
+def test_pairs_that_training_never_shows_are_not_named_in_it():
+    never = [
+        language.noun(colour=colour, shape=shape) for language in LANGUAGES.values() for colour, shape in UNSEEN_PAIRS
+    ]
+    rng = random.Random(0)
+    said = [text for _ in range(400) for pair in sentences.questions(random_scene(rng), rng, 4) for text in pair]
+    assert not [text for text in said if any(noun in text.lower() for noun in never)]
+    asked = [sentences.question(CHINESE, random_scene(rng, "unseen"), rng, "exist") for _ in range(200)]
+    assert {answer[0] for text, answer in asked if any(noun in text for noun in never)} == {"有", "没"}
 
 
 def test_animations_show_what_their_change_says():
@@ -208,6 +219,26 @@ def test_encoder_tells_words_apart_that_it_never_saw_together():
     assert (encoder.image_tokens, encoder.vision_width) == (50, 192)
     shares = probe(encoder, seen=400, tested=100)
     assert min(shares.values()) > 0.8, shares
+
+
+def test_coined_words_stand_on_patches_and_in_what_is_said(tokenizer):
+    """In place of all colours, all shapes or both; no two alike."""
+    replaced = set()
+    for seed in range(60):
+        rng = random.Random(seed)
+        languages, scene = coined(tokenizer, rng), random_scene(rng)
+        words = [{*language.words.values()} for language in languages.values()]
+        assert [len(own) for own in words] == [25, 25]
+        replaced.add(
+            tuple(len(own - {*known.words.values()}) for own, known in zip(words, LANGUAGES.values(), strict=True))
+        )
+        chinese, english = (sentences.question(language, scene, rng, "caption")[1] for language in languages.values())
+        for zh_place, place, zh_size, size, zh_colour, colour, zh_shape, shape in as_picture(
+            scene, rng, languages
+        ).values():
+            assert f"{size}{colour}{shape} " in english and place in english
+            assert f"{zh_place}有一个{zh_colour}的{zh_size}{zh_shape}" in chinese
+    assert replaced == {(8, 8), (6, 6), (14, 14)}
 
 
 def test_language_model_answers_about_scenes_in_words(tokenizer):

@@ -227,6 +227,7 @@ def test_from_scratch_needs_no_language_model(place):
     [
         (PRETRAIN, ["--tokenizer_path", "nowhere"], ["no tokenizer in nowhere", "--tokenizer_path"]),
         (PRETRAIN, ["--from_scratch", "--vision_path", "nowhere"], ["no CLIP in nowhere", "--vision_path"]),
+        (PRETRAIN, ["--from_scratch", "--freeze_llm"], ["random language model", "--freeze_llm False"]),
         (PRETRAIN, [], ["64_llm.pth not found"]),
         (PRETRAIN, ["--from_scratch", "--data_path", "nowhere.json"], ["nowhere.json not found", "--data_path"]),
         (PRETRAIN, ["--from_scratch", "--images_path", "nowhere"], ["nowhere is not a folder", "--images_path"]),

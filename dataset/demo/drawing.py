@@ -28,14 +28,19 @@ COLOURS = {
     "purple": ((267, 302), (0.45, 1), (0.45, 0.9)),
     "black": ((0, 360), (0, 0.3), (0, 0.2)),
 }
-# colours without a name here: pink, brown, grey, white, lime, olive
+# colours without a name here: pink, vermilion, brown, amber, olive, lime, sea green, sky blue, indigo, grey, white
 NAMELESS = [
-    ((312, 345), (0.3, 0.9), (0.8, 1)),
+    ((308, 346), (0.3, 1), (0.7, 1)),
+    ((9, 18), (0.7, 1), (0.7, 1)),
     ((15, 35), (0.5, 0.8), (0.3, 0.55)),
-    ((0, 360), (0, 0.08), (0.4, 0.75)),
-    ((0, 360), (0, 0.05), (0.9, 1)),
-    ((70, 80), (0.6, 1), (0.6, 1)),
+    ((41, 47), (0.7, 1), (0.85, 1)),
     ((45, 65), (0.4, 0.9), (0.3, 0.5)),
+    ((67, 86), (0.5, 1), (0.5, 1)),
+    ((155, 169), (0.5, 1), (0.5, 1)),
+    ((195, 205), (0.5, 1), (0.6, 1)),
+    ((245, 263), (0.5, 1), (0.5, 1)),
+    ((0, 360), (0, 0.1), (0.27, 0.75)),
+    ((0, 360), (0, 0.05), (0.9, 1)),
 ]
 CONTRAST = 80  # the distance between a thing's colour and the paper's, of RGB; less where a scene's colours leave none
 
@@ -186,11 +191,16 @@ NAMELESS_OUTLINES = [
 def outline(shape, radius, proportion):
     """Corners of a shape around (0, 0) as complex numbers x + yj; None for the two shapes that are not polygons.
 
-    shape None: an arrow, half a disc, an L or a zigzag, which have no names here.
+    shape None: an arrow, half a disc, an L, a zigzag, or any stone with five to eight corners, which have no names here.
     """
     up = -1j * radius
     if shape is None:
-        number, turn = divmod(4 * proportion, 1)
+        number, turn = divmod(8 * proportion, 1)
+        if number >= 4:
+            corners = int(number) + 1
+            return [
+                radius * (0.7 + 0.3 * math.sin(99 * turn * k)) * rotation((k + turn) / corners) for k in range(corners)
+            ]
         return [radius * corner * rotation(turn) for corner in NAMELESS_OUTLINES[int(number)]]
     if shape == "square":
         side = radius * 0.8

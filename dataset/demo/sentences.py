@@ -10,7 +10,7 @@ from functools import partial
 from dataset.records import CAPTION_PROMPT
 from model.errors import BadInput
 
-from .scenes import COLOURS, PLACES, SHAPES, SIZES, Thing, free_places, only
+from .scenes import COLOURS, PLACES, SHAPES, SIZES, UNSEEN_PAIRS, Thing, free_places, only, split_of
 
 FIELDS = {"place": PLACES, "size": SIZES, "colour": COLOURS, "shape": SHAPES}
 KEYS = [*PLACES, *SIZES, *COLOURS, *SHAPES]  # a thing's words, which are English
@@ -229,7 +229,7 @@ class English:
 
     def noun(self, colour=None, size=None, shape=None):
         """As in big red star, red shape, star."""
-        return " ".join(word for word in (size, colour, shape or "shape") if word)
+        return " ".join([*(self.words[word] for word in (size, colour) if word), self.words.get(shape, "shape")])
 
     def nouns(self, **words):
         noun = self.noun(**words)
@@ -358,13 +358,14 @@ def ask_count(language, scene, rng):
 def ask_exist(language, scene, rng):
     """Yes as often as no; what is not there differs by one word from something that is."""
     thing, wanted = rng.choice(scene), rng.random() < 0.5
-    # for a no, change a word until nothing in the scene matches
+    # for a no, change a word until nothing in the scene matches; pairs that aren't shown aren't asked for: always a no
     while True:
         colour, shape = thing.colour, thing.shape
         if not wanted:
             colour, shape = rng.choice([(rng.choice(COLOURS), shape), (colour, rng.choice(SHAPES))])
         words = rng.choice([{"colour": colour, "shape": shape}, {"colour": colour}, {"shape": shape}])
-        if bool(only(scene, **words)) == wanted:
+        never_shown = len(words) == 2 and (colour, shape) in UNSEEN_PAIRS and split_of(scene) != "unseen"
+        if bool(only(scene, **words)) == wanted and not never_shown:
             break
     noun = language.noun(**words)
     question = rng.choice(language.questions["exist"]).format(thing=language.a(noun))
@@ -390,7 +391,7 @@ def question(language, scene, rng, kind):
     return asked and (language.as_typed(asked[0], rng), language.sentence(asked[1]))
 
 
-def questions(scene, rng, count, nameless=None):
+def questions(scene, rng, count, nameless=None, languages=LANGUAGES):
     """`count` different (question, answer) pairs, of random kinds and languages; few about what isn't shown.
 
     nameless: "colour" or "shape" if neither questions nor answers may name one.
@@ -400,7 +401,7 @@ def questions(scene, rng, count, nameless=None):
         weights |= {"other": 0.1, "caption": 0, nameless: 0}
     answers = {}
     while len(answers) < count:
-        language = rng.choice(list(LANGUAGES.values()))
+        language = rng.choice(list(languages.values()))
         pair = question(language, scene, rng, rng.choices(list(weights), weights.values())[0])
         if pair and not (nameless and names(pair, nameless)):
             answers.setdefault(*pair)

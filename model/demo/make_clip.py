@@ -3,7 +3,7 @@
     python -m model.demo.make_clip --minutes 3.2 --batch_size 512 --num_workers 9             # on an H100, then
     python -m model.demo.make_clip --further --minutes 50 --learning_rate 5e-4 --seed 11      # on two CPU cores
 
-Three losses, all contrasts of pictures and texts, in Chinese and English:
+Four losses, the first three of them contrasts of pictures and texts, in Chinese and English:
 - whole pictures against whole captions, CLIP's own loss. A batch holds variants of the same scene that differ in one word:
   in plain random batches, colour and place alone would tell the scenes apart;
 - things against words: the token of the patch in a thing's middle must find each of its four words ("左上角", "大", "红色",
@@ -11,7 +11,9 @@ Three losses, all contrasts of pictures and texts, in Chinese and English:
   patch tokens, which MiniMind-V reads, would forget what they show (the idea is RegionCLIP's, Zhong et al. 2022). Words
   rather than phrases, so that a colour and a shape never seen together are still recognised;
 - all other patches against places: they must find "空" rather than a place. So each thing is told by one token, which makes
-  things easy to count.
+  things easy to count;
+- what a linear layer reads from each patch token, against 1 for the words of the thing in its middle, 0 for all others: the
+  projector is linear, too, so what such a layer reads is what the language model can get.
 
 Held-out scenes are not among its pictures. It prints how well a linear probe reads each word from the patch tokens, and writes
 model/demo/config.json and model.safetensors (float16). tests/benchmarks/LOG.md has the runs that made the shipped one.
@@ -28,8 +30,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from dataset.demo import drawing
-from dataset.demo.scenes import COLOURS, PLACES, SHAPES, SIZES, random_change, random_scene, split_of
-from dataset.demo.sentences import LANGUAGES
+from dataset.demo.scenes import PLACES, random_change, random_scene, split_of
+from dataset.demo.sentences import FIELDS, KEYS, LANGUAGES
 from model.arguments import COUNT, COUNT_OR_NONE, LEARNING_RATE, MINUTES, SEED, THREADS, add_switch
 from model.conversation import encode
 from model.errors import run_script
@@ -38,7 +40,6 @@ from model.vision_utils import VisionEncoder
 
 FOLDER = Path(__file__).parent
 WIDTH, LAYERS = 192, 6
-WORDS = [PLACES, SIZES, COLOURS, SHAPES]  # in the order of a Thing's fields
 PREPROCESS = Preprocess(drawing.PICTURE)
 
 
@@ -81,7 +82,7 @@ def batch_of_scenes(rng, size):
     scenes = {}  # an ordered set
     while len(scenes) < size:
         scene, kinds = random_scene(rng), {"shape": "reshape", "size": "resize", "place": "move", "colour": "recolour"}
-        (nameless,) = rng.choices([None, "colour", "shape"], [0.6, 0.25, 0.15])
+        (nameless,) = rng.choices([None, "colour", "shape"], [0.4, 0.4, 0.2])
         if nameless:
             scene = tuple(thing._replace(**{nameless: None}) for thing in scene)
             del kinds[nameless]
@@ -117,7 +118,9 @@ def drawn(scenes, rng):
         for thing, look in looks.items():
             rows.append(row)
             patches.append(patch_of(look))
-            words.append([known.index(word) if word else -100 for known, word in zip(WORDS, thing, strict=True)])
+            words.append(
+                [known.index(word) if word else -100 for known, word in zip(FIELDS.values(), thing, strict=True)]
+            )
     return torch.stack(pixels), torch.tensor(rows), torch.tensor(patches), torch.tensor(words)
 
 
@@ -148,11 +151,11 @@ def text_vectors(clip, input_ids):
     return clip.text_projection(clip.text_model(input_ids=input_ids).pooler_output)
 
 
-def step_loss(clip, word_ids, pixels, rows, patches, words, captions):
-    """The losses (pictures against captions, things against words, empty patches against places) of a batch.
+def step_loss(clip, reader, word_ids, pixels, rows, patches, words, captions):
+    """The losses (pictures against captions, things against words, empty patches against places, words read) of a batch.
 
-    word_ids: token ids of a language's words and of its word for nothing, (n, T) for each language; the rest as `Pictures`
-    makes it, pixels normalised.
+    reader: a linear layer from a token to the words; word_ids: token ids of a language's words and of its word for nothing,
+    (n, T) for each language; the rest as `Pictures` makes it, pixels normalised.
     """
     output = clip.vision_model(pixels)
     scale = clip.logit_scale.exp().clamp(max=100)
@@ -170,13 +173,26 @@ def step_loss(clip, word_ids, pixels, rows, patches, words, captions):
     places[:, 0] = places[rows, patches] = -100
     word_loss = empty_loss = 0.0
     for input_ids in word_ids:
-        *vectors, nothing = F.normalize(text_vectors(clip, input_ids), dim=-1).split([*map(len, WORDS), 1])
+        *vectors, nothing = F.normalize(text_vectors(clip, input_ids), dim=-1).split([*map(len, FIELDS.values()), 1])
         vectors[0] = torch.cat([vectors[0], nothing])
         for field, own in enumerate(vectors):
             word_loss = word_loss + F.cross_entropy(scale * things @ own.T, words[:, field])
         logits = scale * tokens @ vectors[0].T  # (B, 50, places + 1)
         empty_loss = empty_loss + F.cross_entropy(logits.flatten(0, 1), places.flatten())
-    return picture_loss, word_loss / len(word_ids), empty_loss / len(word_ids)
+
+    # words that a linear layer reads from the tokens: 1 for each word of a thing, else 0; what has no name isn't asked for
+    read = reader(output.last_hidden_state).float()  # (B, 50, words + 1)
+    wanted = torch.zeros_like(read)
+    wanted[..., -1] = 1.0  # "nothing"
+    asked = torch.ones_like(read)
+    fields = list(zip(words.T, map(len, FIELDS.values()), strict=True))
+    wanted[rows, patches] = F.pad(torch.cat([F.one_hot(own.clamp(min=0), n) for own, n in fields], 1), (0, 1)).float()
+    named = torch.cat([(own >= 0)[:, None].expand(-1, n) for own, n in fields], 1)
+    asked[rows, patches] = F.pad(named, (0, 1), value=True).float()
+    errors = (asked * (read - wanted).square()).sum(-1)[:, 1:]  # (B, 49)
+    of_things = errors[rows, patches - 1]
+    read_loss = of_things.mean() + (errors.sum() - of_things.sum()) / (errors.numel() - len(of_things))
+    return picture_loss, word_loss / len(word_ids), empty_loss / len(word_ids), read_loss
 
 
 @torch.no_grad()
@@ -200,7 +216,7 @@ def probe(encoder, seen=1500, tested=300):
     for split in ("heldout", "unseen"):
         test_x, test_things = features_of(encoder, rng, split, tested)
         test_x = F.pad((test_x - mean) / std, (0, 1), value=1.0)
-        for field, known in enumerate(WORDS):
+        for field, known in enumerate(FIELDS.values()):
             target = F.one_hot(things[:, field], len(known)).float()
             weights = torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]), x.T @ target)
             right = (test_x @ weights).argmax(1) == test_things[:, field]
@@ -233,10 +249,11 @@ def main():
     clip = clip.to(args.device)
     encoder = VisionEncoder(clip.vision_model, args.device)  # to probe it
     clip.train().requires_grad_(True)  # the encoder froze it
-    optimizer = torch.optim.AdamW(clip.parameters(), lr=args.learning_rate, weight_decay=0.05, fused=True)
-    all_words = [word for known in WORDS for word in known]
+    reader = torch.nn.Linear(WIDTH, len(KEYS) + 1).to(args.device)  # used in training only
+    parameters = [*clip.parameters(), *reader.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.05, fused=True)
     word_ids = [
-        padded(tokenizer, [*(language.words[word] for word in all_words), language.nothing.strip()]).to(args.device)
+        padded(tokenizer, [*(language.words[word] for word in KEYS), language.nothing.strip()]).to(args.device)
         for language in LANGUAGES.values()
     ]
     loader = DataLoader(Pictures(tokenizer, args.batch_size, args.seed), batch_size=None, num_workers=args.num_workers)
@@ -251,14 +268,14 @@ def main():
         # noise, as a camera's or a JPEG's
         pixels = pixels + 0.1 * torch.rand(len(pixels), 1, 1, 1, device=args.device) * torch.randn_like(pixels)
         with torch.autocast(args.device, torch.bfloat16):
-            picture_loss, word_loss, empty_loss = step_loss(clip, word_ids, pixels, *rest)
-        (picture_loss + word_loss + empty_loss).backward()
+            picture_loss, word_loss, empty_loss, read_loss = step_loss(clip, reader, word_ids, pixels, *rest)
+        (picture_loss + word_loss + empty_loss + read_loss).backward()
         torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if progress - shown > 0.2 or progress >= 1:
             shown = progress
-            losses = f"pictures {picture_loss:.3f}, words {word_loss:.3f}, empty {empty_loss:.4f}"
+            losses = f"pictures {picture_loss:.3f}, words {word_loss:.3f}, empty {empty_loss:.4f}, read {read_loss:.3f}"
             print(f"{progress * args.minutes:.1f} min, step {step}, {losses}", probe(encoder), flush=True)
             save(clip)
         if progress >= 1:

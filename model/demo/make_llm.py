@@ -6,8 +6,11 @@
 It reads scenes in words, and learns to answer the demo's questions about them, to retell them, and to name the change from
 one to another. After the first tenth of the training, one conversation in four describes its scenes in words. The others
 have a picture's placeholder, filled as an ideal encoder would: the words of a thing, added up, are the one vector of its
-patch. So only the encoder's own vectors are new to it when it gets pictures. A text model that has never read several words
-at one position learns to from pictures, and then reads best the pairs of words that these show.
+patch. So only the encoder's own vectors are new to it when it gets pictures.
+
+In three conversations of four, all colours, all shapes or both have other words, any that the tokenizer has and new ones
+each time ("a big weather star"). With its own 14 words it would learn which colours never come with a shape, and not say
+"the star is green" whatever it sees, as green stars are held out. With any word in their place it has to say what is there.
 
 Held-out scenes are not among its texts. It prints its exact-match score on them during training, and writes
 model/demo/192_llm.pth (float16). tests/benchmarks/LOG.md has the runs that made the one that is shipped.
@@ -20,8 +23,8 @@ import random
 import re
 import time
 from collections import Counter
+from copy import copy
 from functools import cache
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -52,6 +55,8 @@ FILLERS = re.compile(r"的图形|的|是|图中|，图中|了|一个|\b([Tt]here
 SHARES = 0.4, 1.6  # of a word in what is added up
 NOISE = 0.5  # on that, at most: a part of its standard deviation
 GAP_TIME = 0.4  # of the training, until no filler is left out
+COINED = 0.75  # of the conversations have other words for colours and shapes
+BEFORE = {"zh": "", "en": " "}  # stands before a word within a sentence, and is part of its token
 
 
 def with_few_fillers(text, rng, chance):
@@ -59,15 +64,48 @@ def with_few_fillers(text, rng, chance):
     return FILLERS.sub(lambda match: "" if rng.random() < chance else match[0], text) if chance else text
 
 
-def as_picture(scene, rng, nameless=None):
-    """{patch token: thing} of a scene: where an encoder would tell of each thing; the field `nameless` of all is None."""
+@cache
+def spare_words(tokenizer):
+    """{language: words that describe nothing, and are one token in place of a colour and a shape}."""
+    spare = {}
+    words = {tokenizer.decode([token]).strip() for token in range(len(tokenizer))}
+    words -= {word for language in sentences.LANGUAGES.values() for word in language.words.values()}
+    words = sorted(word for word in words if word.isalpha() and word == word.lower() and not FILLERS.search(word))
+    for code, language in sentences.LANGUAGES.items():
+        spare[code] = []
+        for word in words:
+            named = copy(language)
+            named.words = {**language.words, "red": word, "star": word}
+            text = named.caption([scenes.Thing("top", "big", "red", "star")])
+            (own, *others), found = encode(tokenizer, [BEFORE[code] + word, text])
+            if not others and found.count(own) == 2:
+                spare[code].append(word)
+    return spare
+
+
+def coined(tokenizer, rng):
+    """The languages with other words for all colours, all shapes or both, as if the next word would do as well."""
+    replaced = rng.choice([scenes.COLOURS, scenes.SHAPES, scenes.COLOURS + scenes.SHAPES])
+    languages = {}
+    for code, language in sentences.LANGUAGES.items():
+        languages[code] = copy(language)
+        words = rng.sample(spare_words(tokenizer)[code], len(replaced))
+        languages[code].words = {**language.words, **dict(zip(replaced, words, strict=True))}
+    return languages
+
+
+def as_picture(scene, rng, languages):
+    """{patch token: a thing's words in all languages} of a scene: where an encoder would tell of each thing."""
     while True:
         things = {patch_of(look): thing for thing, look in drawing.random_looks(scene, rng).items()}
         if len(things) == len(scene):  # no two on the same patch
-            return {p: thing._replace(**{nameless: None}) if nameless else thing for p, thing in things.items()}
+            return {
+                patch: [BEFORE[code] + language.words[word] for word in thing for code, language in languages.items()]
+                for patch, thing in things.items()
+            }
 
 
-def about_one_scene(rng, split, turns, progress, in_words):
+def about_one_scene(rng, split, turns, progress, in_words, languages):
     """([(question, answer), ...], pictures) about a scene, easier at the beginning of training (`progress` from 0 to 1).
 
     in_words: whether the scene is described in words; else it is a picture. Easy descriptions are pairs of words, and most
@@ -76,25 +114,22 @@ def about_one_scene(rng, split, turns, progress, in_words):
     easy = rng.random() < 1 - 4 * progress
     counts = (2, 2, 3) if easy else scenes.COUNTS
     scene = scenes.random_scene(rng, split, counts)
-    described = rng.choice(list(sentences.LANGUAGES.values()))
+    described = rng.choice(list(languages.values()))
     form = "pairs" if easy else rng.choice(sentences.FORMS)
-    # two pictures in three show things in colours, or of shapes, that have no name; they are asked about anything else
-    nameless = None if in_words else rng.choice([None, "colour", "shape"])
-    if not nameless and rng.random() < (0.6 if easy else 0.1):  # in the same or the other language
-        retelling = rng.choice(list(sentences.LANGUAGES.values()))
-        pairs = [sentences.question(retelling, scene, rng, "caption")]
+    if rng.random() < (0.6 if easy else 0.1):  # in the same or the other language
+        pairs = [sentences.question(rng.choice(list(languages.values())), scene, rng, "caption")]
     else:
-        pairs = sentences.questions(scene, rng, turns, nameless)
+        pairs = sentences.questions(scene, rng, turns, languages=languages)
     text = sentences.scene_in_words(described, scene, rng, form) if in_words else "<image>"
     pairs[0] = (f"{text}\n{pairs[0][0]}", pairs[0][1])
-    return pairs, [] if in_words else [as_picture(scene, rng, nameless)]
+    return pairs, [] if in_words else [as_picture(scene, rng, languages)]
 
 
-def about_a_change(rng, split, progress, in_words):
+def about_a_change(rng, split, progress, in_words, languages):
     """([(question, answer)], pictures) about two scenes; at the beginning of training, the two in the same form."""
     scene, change = scenes.changed_scene(rng, split, (1, 2) if rng.random() < 1 - 2 * progress else scenes.COUNTS)
     both = scene, change.apply(scene)
-    language, described = (rng.choice(list(sentences.LANGUAGES.values())) for _ in range(2))
+    language, described = (rng.choice(list(languages.values())) for _ in range(2))
     forms = [rng.choice(["places", "places", *sentences.FORMS])] * 2
     if rng.random() < progress - 0.3:
         forms[1] = rng.choice(sentences.FORMS)
@@ -103,7 +138,7 @@ def about_a_change(rng, split, progress, in_words):
         texts = [sentences.scene_in_words(described, s, rng, form) for s, form in zip(both, forms, strict=True)]
     asked = rng.choice(language.questions[rng.choice(["change", "animation"])])
     pairs = [("\n".join([*texts, asked]), sentences.change_in_words(language, change))]
-    return pairs, [] if in_words else [as_picture(s, rng) for s in both]
+    return pairs, [] if in_words else [as_picture(s, rng, languages) for s in both]
 
 
 def as_turns(pairs):
@@ -127,10 +162,11 @@ class Conversations(IterableDataset):
         """(turns, pictures) of a batch's conversation with this number; the number decides what it is about."""
         progress = self.progress()
         in_words = progress < 0.1 or number % 4 == 0
+        languages = coined(self.tokenizer, rng) if rng.random() < COINED else sentences.LANGUAGES
         if progress > 0.1 and number % 8 < 2:
-            pairs, pictures = about_a_change(rng, "train", progress, in_words)
+            pairs, pictures = about_a_change(rng, "train", progress, in_words, languages)
         else:
-            pairs, pictures = about_one_scene(rng, "train", self.args.turns, progress, in_words)
+            pairs, pictures = about_one_scene(rng, "train", self.args.turns, progress, in_words, languages)
         chance = max(0, 1 - progress / GAP_TIME)
         return as_turns((asked, with_few_fillers(answer, rng, chance)) for asked, answer in pairs), pictures
 
@@ -143,28 +179,19 @@ class Conversations(IterableDataset):
 
 
 @cache
-def token_ids_of_words(tokenizer):
-    """{word of a thing, or nothing: token ids of the Chinese and the English word}."""
-    chinese, english = sentences.LANGUAGES.values()
-    texts = {word: [chinese.words[word], f" {english.words[word]}"] for word in sentences.KEYS}
-    texts["nothing"] = [chinese.nothing, english.nothing]
-    return {word: list(chain(*encode(tokenizer, both))) for word, both in texts.items()}
+def ids_of_word(tokenizer, word):
+    (ids,) = encode(tokenizer, [word])
+    return ids
 
 
-def words_on_patches(tokenizer, pictures):
-    """Pictures as `as_picture` makes them -> token ids of the words at each vector, (N, P, W), filled up with 0.
-
-    In place of what has no name stand any two tokens.
-    """
-    ids_of = token_ids_of_words(tokenizer)
-    words = torch.zeros(len(pictures), 50, 10, dtype=torch.long)
-    nothing = torch.tensor(ids_of["nothing"])
-    words[:, 1:, : len(nothing)] = nothing  # all but the class token
+def words_on_patches(tokenizer, config, pictures):
+    """Pictures as `as_picture` makes them -> token ids of the words at each vector, (N, P, W), filled up with 0."""
+    words = torch.zeros(len(pictures), config.image_tokens, 10, dtype=torch.long)
+    nothing = [token for language in sentences.LANGUAGES.values() for token in ids_of_word(tokenizer, language.nothing)]
+    words[:, 1:, : len(nothing)] = torch.tensor(nothing)  # all but the class token
     for row, things in enumerate(pictures):
-        for patch, thing in things.items():
-            ids = [
-                token for word in thing for token in (ids_of[word] if word else torch.randint(3, len(tokenizer), (2,)))
-            ]
+        for patch, said in things.items():
+            ids = [token for word in said for token in ids_of_word(tokenizer, word)]
             words[row, patch, : len(ids)] = torch.tensor(ids)
     return words
 
@@ -198,7 +225,7 @@ def batch_of(tokenizer, config, talks):
     batch = collate(items, few_shapes=True)
     batch = {name: batch[name] for name in ("input_ids", "labels", "label_positions")}
     pictures = [things for _, pictures in talks for things in pictures]
-    return {**batch, "words": words_on_patches(tokenizer, pictures) if pictures else None}
+    return {**batch, "words": words_on_patches(tokenizer, config, pictures) if pictures else None}
 
 
 @torch.no_grad()
@@ -218,10 +245,11 @@ def score(model, tokenizer, split, count=100):
                 if pair:
                     text = sentences.scene_in_words(described, scene, rng, rng.choice(sentences.FORMS))
                     talks.append((as_turns([(f"{text}\n{pair[0]}", pair[1])]), []))
-                    talks.append((as_turns([(f"<image>\n{pair[0]}", pair[1])]), [as_picture(scene, rng)]))
+                    picture = as_picture(scene, rng, sentences.LANGUAGES)
+                    talks.append((as_turns([(f"<image>\n{pair[0]}", pair[1])]), [picture]))
                     kinds += [f"{name} {kind}", f"image {name} {kind}"]
         for kind, in_words in (("change", True), ("image change", False)):
-            pairs, pictures = about_a_change(rng, split, 1.0, in_words)
+            pairs, pictures = about_a_change(rng, split, 1.0, in_words, sentences.LANGUAGES)
             talks.append((as_turns(pairs), pictures))
             kinds.append(kind)
     device = next(model.parameters()).device
@@ -261,11 +289,8 @@ def train(model, tokenizer, args):
     def forward_backward(batch, answer_tokens):
         texts = {name: x for name, x in batch.items() if name != "words"}
         features = None if batch["words"] is None else image_features(model, batch["words"])
-        # the backward of PyTorch's CPU flash attention is slow in bfloat16: 113 ms a layer against 58
-        backends = (
-            [SDPBackend.MATH] if args.device == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-        )
-        with torch.autocast(args.device, torch.bfloat16), sdpa_kernel(backends):
+        backends = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION])
+        with torch.autocast(args.device, torch.bfloat16), backends:
             loss = model(**texts, image_features=features, num_items_in_batch=answer_tokens).loss
         loss.backward()
         return loss.detach()

@@ -181,6 +181,10 @@ def train(args, stage, from_scratch=False):
     starts_from = STAGES[stage].starts_from
     weights = args.from_weights or weights_path(args.out_dir, args, starts_from)
     if from_scratch:
+        if args.freeze_llm:
+            raise BadInput(
+                "--from_scratch starts from a random language model, which has to learn: add --freeze_llm False"
+            )
         weights = None
     # what is written is named after the model's size; so is what a run that is resumed has written
     is_given = weights is not None and args.from_weights and Path(weights).exists()
