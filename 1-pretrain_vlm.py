@@ -1,4 +1,4 @@
-"""Stage 1: the language model learns to see, from pictures with captions.
+"""Stage 1: the model learns to see, from pictures with captions.
 
 python 1-pretrain_vlm.py --demo                        # the embedded demo, minutes on a laptop
 python 1-pretrain_vlm.py                               # 512+8 (27M): out/512_llm.pth -> out/512_vlm_pretrain.pth

@@ -155,7 +155,7 @@ def add_training_arguments(parser, stage=STAGES["pretrain"]):
         "--drop_class_token",
         help="leave out the first of CLIP's vectors (default: as the weights were trained)",
     )
-    add_switch(parser, "--freeze_llm", help="train only the projector")
+    add_switch(parser, "--freeze_llm", help="train only the projector, as stage 1 of --demo does")
     parser.add_argument(
         "--seed",
         type=SEED,

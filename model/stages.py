@@ -54,7 +54,8 @@ STAGES = {
             **DEMO_TRAINING,
             "data_path": in_repository("dataset/demo_world/pretrain.json"),
             "from_weights": DEMO_LLM,
-            # as long as the projector says nothing, a language model would learn which words are likely, pictures aside
+            # until the projector says something, a language model learns which words are likely, whatever a picture shows;
+            # the learning rate below is for the projector alone
             "freeze_llm": True,
         }
         | {"epochs": 2, "batch_size": 32, "learning_rate": 3e-3},

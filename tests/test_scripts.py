@@ -227,7 +227,8 @@ def test_from_scratch_needs_no_language_model(place):
     [
         (PRETRAIN, ["--tokenizer_path", "nowhere"], ["no tokenizer in nowhere", "--tokenizer_path"]),
         (PRETRAIN, ["--from_scratch", "--vision_path", "nowhere"], ["no CLIP in nowhere", "--vision_path"]),
-        (PRETRAIN, ["--from_scratch", "--freeze_llm"], ["random language model", "--freeze_llm False"]),
+        (PRETRAIN, ["--from_scratch", "--freeze_llm"], ["random language model", "leave out --freeze_llm"]),
+        (PRETRAIN, ["--from_scratch", "--demo"], ["random language model", "with --demo, add --freeze_llm False"]),
         (PRETRAIN, [], ["64_llm.pth not found"]),
         (PRETRAIN, ["--from_scratch", "--data_path", "nowhere.json"], ["nowhere.json not found", "--data_path"]),
         (PRETRAIN, ["--from_scratch", "--images_path", "nowhere"], ["nowhere is not a folder", "--images_path"]),

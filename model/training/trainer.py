@@ -172,7 +172,7 @@ def learning_rate_at(step, steps, peak, warmup):
 
 
 def train(args, stage, from_scratch=False):
-    """Trains projector and language model in one of the `STAGES`; CLIP stays frozen.
+    """Trains projector and language model, or the projector alone, in one of the `STAGES`; CLIP stays frozen.
 
     args: flags of `add_training_arguments`. from_scratch: start from random weights.
 
@@ -183,7 +183,8 @@ def train(args, stage, from_scratch=False):
     if from_scratch:
         if args.freeze_llm:
             raise BadInput(
-                "--from_scratch starts from a random language model, which has to learn: add --freeze_llm False"
+                "--from_scratch starts from a random language model, which has to learn: leave out --freeze_llm; with --demo, "
+                "add --freeze_llm False --learning_rate 1e-3"
             )
         weights = None
     # what is written is named after the model's size; so is what a run that is resumed has written

@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 def begin(out_dir):
     flags = ["--demo", "--epochs", "2", "--save_interval", "1", "--log_interval", "1", "--out_dir", out_dir, "--resume"]
+    flags += ["--freeze_llm", "False", "--learning_rate", "1e-3"]  # so that all of the model is saved as it changes
     return subprocess.Popen(
         [sys.executable, "1-pretrain_vlm.py", *map(str, flags)],
         cwd=ROOT,
