@@ -6,13 +6,14 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from helpers import ROOT, run_python
 
 from dataset.demo import drawing, sentences, world
 from dataset.demo.scenes import CHANGES, MOVING_CHANGES, UNSEEN_PAIRS, Thing, changed_scene, random_scene, split_of
 from dataset.demo.sentences import LANGUAGES, QUESTIONS
 from model.checkpoint import read_weights
-from model.demo.make_clip import probe
+from model.demo.make_clip import probe, reading_loss
 from model.demo.make_llm import as_picture, coined, score, text_model
 from model.errors import BadInput
 from model.vision_utils import load_vision
@@ -239,6 +240,24 @@ def test_coined_words_stand_on_patches_and_in_what_is_said(tokenizer):
             assert f"{size}{colour}{shape} " in english and place in english
             assert f"{zh_place}有一个{zh_colour}的{zh_size}{zh_shape}" in chinese
     assert replaced == {(8, 8), (6, 6), (14, 14)}
+
+
+def test_reading_loss_asks_for_the_words_that_things_have():
+    """Of two things in two pictures, the second in a colour without a name."""
+    rows, patches = torch.tensor([0, 1]), torch.tensor([8, 30])
+    words = torch.tensor([[0, 1, 2, 3], [8, 0, -100, 5]])
+    right = torch.zeros(2, 50, 26)
+    right[..., 25] = 1.0  # "nothing"
+    right[rows, patches] = 0.0
+    right[0, 8, [0, 9 + 1, 11 + 2, 19 + 3]] = 1.0
+    right[1, 30, [8, 9 + 0, 19 + 5]] = 1.0
+    right[1, 30, 11:19] = torch.randn(8)  # any colour
+    right[:, 0] = 7.0  # the class token
+    assert reading_loss(right, rows, patches, words) == 0
+    for position in ((0, 8, 13), (1, 30, 24), (1, 5, 25)):
+        wrong = right.clone()
+        wrong[position] = 0.0
+        assert reading_loss(wrong, rows, patches, words) > 0
 
 
 def test_language_model_answers_about_scenes_in_words(tokenizer):

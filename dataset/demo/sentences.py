@@ -358,7 +358,8 @@ def ask_count(language, scene, rng):
 def ask_exist(language, scene, rng):
     """Yes as often as no; what is not there differs by one word from something that is."""
     thing, wanted = rng.choice(scene), rng.random() < 0.5
-    # for a no, change a word until nothing in the scene matches; pairs that aren't shown aren't asked for: always a no
+    # for a no, change a word until nothing in the scene matches. A pair that training never shows isn't asked for there: the
+    # answer would always be no
     while True:
         colour, shape = thing.colour, thing.shape
         if not wanted:
@@ -403,14 +404,14 @@ def questions(scene, rng, count, nameless=None, languages=LANGUAGES):
     while len(answers) < count:
         language = rng.choice(list(languages.values()))
         pair = question(language, scene, rng, rng.choices(list(weights), weights.values())[0])
-        if pair and not (nameless and names(pair, nameless)):
+        if pair and not (nameless and names(languages, pair, nameless)):
             answers.setdefault(*pair)
     return list(answers.items())
 
 
-def names(texts, field):
-    """Whether texts have a word of this field, "colour" or "shape", in either language."""
-    words = "|".join(language.words[key] for language in LANGUAGES.values() for key in FIELDS[field])
+def names(languages, texts, field):
+    """Whether texts have a word of this field, "colour" or "shape", in any of these languages."""
+    words = "|".join(language.words[key] for language in languages.values() for key in FIELDS[field])
     return any(re.search(rf"(?<![a-z])({words})", text) for text in texts)  # red, but not coloured
 
 

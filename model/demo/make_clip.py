@@ -151,6 +151,25 @@ def text_vectors(clip, input_ids):
     return clip.text_projection(clip.text_model(input_ids=input_ids).pooler_output)
 
 
+def reading_loss(read, rows, patches, words):
+    """Squared errors of what a linear layer reads from the tokens, (B, 50, words + 1), of things and of other patches.
+
+    It should read 1 for each word of a thing and 0 for all others; where no thing has its middle, the last, "nothing". What
+    has no name isn't asked for.
+    """
+    fields = list(zip(words.T, map(len, FIELDS.values()), strict=True))
+    wanted, asked = torch.zeros_like(read), torch.ones_like(read)
+    wanted[..., -1] = 1.0
+    of_things = torch.cat([F.one_hot(own.clamp(min=0), n) for own, n in fields], 1)  # (things, words)
+    named = torch.cat([(own >= 0)[:, None].expand(-1, n) for own, n in fields], 1)
+    wanted[rows, patches] = F.pad(of_things, (0, 1)).float()
+    asked[rows, patches] = F.pad(named, (0, 1), value=True).float()
+    errors = (asked * (read - wanted).square()).sum(-1)[:, 1:]  # (B, 49), without the class token
+    of_a_thing = torch.zeros_like(errors, dtype=torch.bool)
+    of_a_thing[rows, patches - 1] = True
+    return (errors * of_a_thing).sum() / of_a_thing.sum() + (errors * ~of_a_thing).sum() / (~of_a_thing).sum()
+
+
 def step_loss(clip, reader, word_ids, pixels, rows, patches, words, captions):
     """The losses (pictures against captions, things against words, empty patches against places, words read) of a batch.
 
@@ -176,22 +195,14 @@ def step_loss(clip, reader, word_ids, pixels, rows, patches, words, captions):
         *vectors, nothing = F.normalize(text_vectors(clip, input_ids), dim=-1).split([*map(len, FIELDS.values()), 1])
         vectors[0] = torch.cat([vectors[0], nothing])
         for field, own in enumerate(vectors):
-            word_loss = word_loss + F.cross_entropy(scale * things @ own.T, words[:, field])
+            losses = F.cross_entropy(scale * things @ own.T, words[:, field], reduction="sum")
+            word_loss = word_loss + losses / (words[:, field] >= 0).sum().clamp(
+                min=1
+            )  # a small batch may name no colour
         logits = scale * tokens @ vectors[0].T  # (B, 50, places + 1)
         empty_loss = empty_loss + F.cross_entropy(logits.flatten(0, 1), places.flatten())
 
-    # words that a linear layer reads from the tokens: 1 for each word of a thing, else 0; what has no name isn't asked for
-    read = reader(output.last_hidden_state).float()  # (B, 50, words + 1)
-    wanted = torch.zeros_like(read)
-    wanted[..., -1] = 1.0  # "nothing"
-    asked = torch.ones_like(read)
-    fields = list(zip(words.T, map(len, FIELDS.values()), strict=True))
-    wanted[rows, patches] = F.pad(torch.cat([F.one_hot(own.clamp(min=0), n) for own, n in fields], 1), (0, 1)).float()
-    named = torch.cat([(own >= 0)[:, None].expand(-1, n) for own, n in fields], 1)
-    asked[rows, patches] = F.pad(named, (0, 1), value=True).float()
-    errors = (asked * (read - wanted).square()).sum(-1)[:, 1:]  # (B, 49)
-    of_things = errors[rows, patches - 1]
-    read_loss = of_things.mean() + (errors.sum() - of_things.sum()) / (errors.numel() - len(of_things))
+    read_loss = reading_loss(reader(output.last_hidden_state).float(), rows, patches, words)
     return picture_loss, word_loss / len(word_ids), empty_loss / len(word_ids), read_loss
 
 
@@ -270,7 +281,7 @@ def main():
         with torch.autocast(args.device, torch.bfloat16):
             picture_loss, word_loss, empty_loss, read_loss = step_loss(clip, reader, word_ids, pixels, *rest)
         (picture_loss + word_loss + empty_loss + read_loss).backward()
-        torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if progress - shown > 0.2 or progress >= 1:

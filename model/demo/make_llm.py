@@ -66,10 +66,18 @@ def with_few_fillers(text, rng, chance):
 
 @cache
 def spare_words(tokenizer):
-    """{language: words that describe nothing, and are one token in place of a colour and a shape}."""
+    """{language: words, and pieces of words, that name nothing here and are one token in place of a colour and a shape}."""
     spare = {}
     words = {tokenizer.decode([token]).strip() for token in range(len(tokenizer))}
-    words -= {word for language in sentences.LANGUAGES.values() for word in language.words.values()}
+    for language in sentences.LANGUAGES.values():
+        words -= {
+            *language.words.values(),
+            *language.numbers,
+            language.nothing.strip(),
+            language.noun(),
+            language.nouns(),
+        }
+    words -= {"圆", "color", "colour", "coloured"}  # `as_typed` puts some of them in place of others
     words = sorted(word for word in words if word.isalpha() and word == word.lower() and not FILLERS.search(word))
     for code, language in sentences.LANGUAGES.items():
         spare[code] = []
