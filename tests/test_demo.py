@@ -234,9 +234,8 @@ def test_coined_words_stand_on_patches_and_in_what_is_said(tokenizer):
             tuple(len(own - {*known.words.values()}) for own, known in zip(words, LANGUAGES.values(), strict=True))
         )
         chinese, english = (sentences.question(language, scene, rng, "caption")[1] for language in languages.values())
-        for zh_place, place, zh_size, size, zh_colour, colour, zh_shape, shape in as_picture(
-            scene, rng, languages
-        ).values():
+        patches = as_picture(scene, rng, languages)
+        for zh_place, place, zh_size, size, zh_colour, colour, zh_shape, shape in patches.values():
             assert f"{size}{colour}{shape} " in english and place in english
             assert f"{zh_place}有一个{zh_colour}的{zh_size}{zh_shape}" in chinese
     assert replaced == {(8, 8), (6, 6), (14, 14)}

@@ -31,6 +31,7 @@ class Chinese:
     }
     numbers = ["零", "一", "两", "三", "四"]
     nothing = "空"
+    glue = ""  # between words
     punctuation = "，；。"
 
     questions = {
@@ -153,6 +154,7 @@ class English:
     words = {word: word for word in KEYS}
     numbers = ["no", "one", "two", "three", "four"]
     nothing = " nothing"
+    glue = " "
     punctuation = ",;."
 
     questions = {
@@ -431,7 +433,7 @@ def change_in_words(language, change):
 def scene_in_words(language, scene, rng, form):
     """The scene as text: what the language model reads where a picture will be later."""
     comma, semicolon, stop = language.punctuation
-    glue = " " if language.punctuation == ",;." else ""
+    glue = language.glue
 
     def join(words):
         return glue.join(language.words[word] for word in words)

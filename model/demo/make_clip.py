@@ -190,15 +190,14 @@ def step_loss(clip, reader, word_ids, pixels, rows, patches, words, captions):
     # things against the words of each sort: place, size, colour, shape; the other patches against places and nothing
     places = torch.full(tokens.shape[:2], len(PLACES), device=pixels.device)  # "nothing" comes after the places
     places[:, 0] = places[rows, patches] = -100
+    named = (words >= 0).sum(dim=0).clamp(min=1)  # things with a word of each sort; a small batch may name no colour
     word_loss = empty_loss = 0.0
     for input_ids in word_ids:
         *vectors, nothing = F.normalize(text_vectors(clip, input_ids), dim=-1).split([*map(len, FIELDS.values()), 1])
         vectors[0] = torch.cat([vectors[0], nothing])
         for field, own in enumerate(vectors):
             losses = F.cross_entropy(scale * things @ own.T, words[:, field], reduction="sum")
-            word_loss = word_loss + losses / (words[:, field] >= 0).sum().clamp(
-                min=1
-            )  # a small batch may name no colour
+            word_loss = word_loss + losses / named[field]
         logits = scale * tokens @ vectors[0].T  # (B, 50, places + 1)
         empty_loss = empty_loss + F.cross_entropy(logits.flatten(0, 1), places.flatten())
 

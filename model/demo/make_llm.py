@@ -56,7 +56,6 @@ SHARES = 0.4, 1.6  # of a word in what is added up
 NOISE = 0.5  # on that, at most: a part of its standard deviation
 GAP_TIME = 0.4  # of the training, until no filler is left out
 COINED = 0.75  # of the conversations have other words for colours and shapes
-BEFORE = {"zh": "", "en": " "}  # stands before a word within a sentence, and is part of its token
 
 
 def with_few_fillers(text, rng, chance):
@@ -85,7 +84,7 @@ def spare_words(tokenizer):
             named = copy(language)
             named.words = {**language.words, "red": word, "star": word}
             text = named.caption([scenes.Thing("top", "big", "red", "star")])
-            (own, *others), found = encode(tokenizer, [BEFORE[code] + word, text])
+            (own, *others), found = encode(tokenizer, [language.glue + word, text])
             if not others and found.count(own) == 2:
                 spare[code].append(word)
     return spare
@@ -108,7 +107,8 @@ def as_picture(scene, rng, languages):
         things = {patch_of(look): thing for thing, look in drawing.random_looks(scene, rng).items()}
         if len(things) == len(scene):  # no two on the same patch
             return {
-                patch: [BEFORE[code] + language.words[word] for word in thing for code, language in languages.items()]
+                # what stands between words is part of a word's token
+                patch: [language.glue + language.words[word] for word in thing for language in languages.values()]
                 for patch, thing in things.items()
             }
 
