@@ -281,6 +281,19 @@ def test_world_is_the_same_from_the_same_seed(tmp_path):
     assert drawing.draw(scene, random.Random(2)).tobytes() == drawing.draw(scene, random.Random(2)).tobytes()
 
 
+def test_a_world_that_other_code_drew_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo_world, "FOLDER", tmp_path)
+    demo_world.build(tmp_path, pictures=1, pairs=1, animations=1, held_out=1, turns=1)
+    demo_world.build_if_asked_for([tmp_path / "sft.json"])
+    assert "another version" not in capsys.readouterr().err
+    done = tmp_path / "world.json"
+    done.write_text(json.dumps({**json.loads(done.read_text()), "drawn_by": "0"}))
+    demo_world.build_if_asked_for([tmp_path / "elsewhere" / "sft.json"])
+    assert capsys.readouterr().err == ""
+    demo_world.build_if_asked_for([tmp_path / "sft.json"])
+    assert f"{tmp_path} was drawn by another version of dataset/demo: delete it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flag, value, expected",
     [

@@ -12,6 +12,7 @@ pictures in `images/`. The files to score have a `kind` in each record, its lang
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import random
@@ -167,14 +168,28 @@ def build(folder, pictures=6000, pairs=3000, animations=1500, held_out=200, turn
         "held_out": held_out,
         "turns": turns,
         "seed": seed,
+        "drawn_by": version(),
     }
     done.write_text(json.dumps(settings))
 
 
+def version():
+    """A digest of the code that draws the world and asks about it."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
+
+
 def build_if_asked_for(files):
     """Draws the demo's world if one of `files` belongs to it and no complete world, of whatever size, is there."""
-    if any(Path(file).resolve().parent == FOLDER.resolve() for file in files) and not (FOLDER / "world.json").exists():
+    if not any(Path(file).resolve().parent == FOLDER.resolve() for file in files):
+        return
+    done = FOLDER / "world.json"
+    if not done.exists():
         build(FOLDER)
+    elif version() not in done.read_text():
+        print(
+            f"{FOLDER} was drawn by another version of dataset/demo: delete it and it is drawn again", file=sys.stderr
+        )
 
 
 def build_eval_pictures(folder, seed=1):
