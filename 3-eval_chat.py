@@ -56,6 +56,7 @@ TEXTS = {
         "comma": ", ",
         "question": "Q: ",
         "answer": "A: ",
+        "nothing": "(the model wrote nothing)",
         "length": "{count} tokens",
         "speed": "{rate:.0f} tokens/s, the first after {seconds:.2f} s",
         "help": """\
@@ -86,6 +87,7 @@ Ctrl-C stops an answer.""",
         "comma": "，",
         "question": "问：",
         "answer": "答：",
+        "nothing": "（模型什么也没写）",
         "length": "{count} 个 token",
         "speed": "每秒 {rate:.0f} 个，第一个用了 {seconds:.2f} 秒",
         "help": """\
@@ -265,7 +267,7 @@ class Terminal:
         """Prints the answer as it comes, then how fast it came; Ctrl-C ends it."""
         answer = self.chat.stream(question, self.pixels, **self.settings)
         try:
-            show_answer(answer)
+            show_answer(answer, self.texts)
         except KeyboardInterrupt:
             print(f" [{self.texts['stopped']}]", end="")
 
@@ -281,14 +283,14 @@ def is_chinese(text):
     return bool(re.search("[\u4e00-\u9fff]", text))
 
 
-def show_answer(answer):
+def show_answer(answer, texts):
     """Prints an answer as it is written, and says so if it has no words."""
     text = ""
     for piece in answer:
         text += piece
         print(piece, end="", flush=True)
     if not text.strip():
-        print("(the model wrote nothing)", end="")
+        print(texts["nothing"], end="")
 
 
 # --- by itself ------------------------------------------------------------------------------------------------------
@@ -300,7 +302,7 @@ def show_answers(chat, folder, settings, texts):
         question = question.replace("<image>", "").strip()
         print(f"\n[{' + '.join(path.name for path in paths)}]\n{texts['question']}{question}")
         print(texts["answer"], end="", flush=True)
-        show_answer(chat.stream(question, chat.load_frames(paths), **settings))
+        show_answer(chat.stream(question, chat.load_frames(paths), **settings), texts)
         print()
 
 

@@ -312,10 +312,11 @@ def test_without_a_terminal_it_answers_everything(flags):
 
 
 def test_an_empty_answer_says_so(capsys):
-    show_answer = runpy.run_path(str(ROOT / "3-eval_chat.py"))["show_answer"]
-    for pieces, shown in (([], True), ([" ", "\n"], True), (["红", "色"], False)):
-        show_answer(iter(pieces))
-        assert ("(the model wrote nothing)" in capsys.readouterr().out) == shown
+    script = runpy.run_path(str(ROOT / "3-eval_chat.py"))
+    for lang, says in (("en", "(the model wrote nothing)"), ("zh", "（模型什么也没写）")):
+        for pieces, shown in (([], True), ([" ", "\n"], True), (["红", "色"], False)):
+            script["show_answer"](iter(pieces), script["TEXTS"][lang])
+            assert (says in capsys.readouterr().out) == shown
 
 
 def test_settings_are_checked_on_the_command_line():
