@@ -541,7 +541,7 @@ def test_everything_on_the_pad_has_a_name_in_both_languages(visit, locale):
 def test_problems_are_shown(visit, tmp_path):
     page = visit()
     ask(page, "")
-    expect(page.locator("#notice")).to_have_text("先写下问题。")
+    expect(page.locator("#notice")).to_have_text("请先输入问题。")
     assert page.locator(".exchange").count() == 0
     (tmp_path / "note.txt").write_text("?")
     page.locator("#files").set_input_files(tmp_path / "note.txt")
