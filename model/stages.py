@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from .files import in_repository
 
 # the embedded demo's defaults for flags that training and answering share
@@ -16,8 +18,11 @@ DEMO_MODEL = {
     "images_path": in_repository("dataset/demo_world/images"),
 }
 DEMO_LLM = in_repository("model/demo/192_llm.pth")
-# its defaults for training alone
+# its defaults for training alone; CPUs that multiply bfloat16 train nearly twice as fast in it
+CPU = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch can't tell
 DEMO_TRAINING = {"cache_features": True, "warmup_iters": 20}
+if not torch.cuda.is_available() and (CPU.get("avx512_bf16") or CPU.get("amx_bf16")):
+    DEMO_TRAINING["dtype"] = "bfloat16"
 # and for answering: its questions have one right answer
 DEMO_ANSWERING = {**DEMO_MODEL, "temperature": 0.0}
 

@@ -250,6 +250,7 @@ def test_reading_loss_asks_for_the_words_that_things_have():
     right[rows, patches] = 0.0
     right[0, 8, [0, 9 + 1, 11 + 2, 19 + 3]] = 1.0
     right[1, 30, [8, 9 + 0, 19 + 5]] = 1.0
+    right[0, 8, [11 + 3, 19 + 2]] = torch.randn(2)  # a yellow star, as no star is green, and no triangle yellow
     right[1, 30, 11:19] = torch.randn(8)  # any colour
     right[:, 0] = 7.0  # the class token
     assert reading_loss(right, rows, patches, words) == 0

@@ -17,7 +17,7 @@ def losses(world, out_dir, *flags):
     """The losses of the first 200 steps of the demo's first stage on a small picture world; here all of the model learns."""
     places = ["--data_path", world / "pretrain.json", "--images_path", world / "images", "--out_dir", out_dir]
     settings = ["--batch_size", 8, "--epochs", 34, "--learning_rate", 3e-4, "--log_interval", 1, "--device", "cpu"]
-    settings += ["--freeze_llm", "False"]
+    settings += ["--freeze_llm", "False", "--dtype", "float32"]
     code, _, err = run_python("1-pretrain_vlm.py", "--demo", *places, *settings, *flags)
     assert code == 0, err
     lines = map(json.loads, (out_dir / "192_vlm_pretrain.jsonl").read_text().splitlines())

@@ -15,6 +15,8 @@ COLOURS = ["red", "orange", "yellow", "green", "cyan", "blue", "purple", "black"
 SHAPES = ["circle", "square", "triangle", "star", "cross", "ring"]
 UNSEEN_PAIRS = {(colour, SHAPES[i % len(SHAPES)]) for i, colour in enumerate(COLOURS)}
 COUNTS = (1, 2, 2, 3, 3, 4)  # things in a scene, each number as often as it is here
+# what two things of a training scene have in common: by chance few have anything, too few to learn to count them
+ALIKE = (None, None, "colour", "shape")
 
 
 class Thing(NamedTuple):
@@ -45,13 +47,17 @@ def random_thing(rng, place, split):
             return thing
 
 
-def random_scene(rng, split="train", counts=COUNTS):
-    """A scene of as many things as one of `counts`, in different places."""
+def random_scene(rng, split="train", counts=COUNTS, alike=None):
+    """A scene of as many things as one of `counts`, in different places.
+
+    alike: "colour" or "shape" if two things, where there are two, are to have the same one.
+    """
     # draw scenes until one belongs to the split
     while True:
         places = rng.sample(PLACES, rng.choice(counts))
         scene = in_reading_order(random_thing(rng, place, split) for place in places)
-        if split_of(scene) == split:
+        different = alike and len({getattr(thing, alike) for thing in scene}) == len(scene) > 1
+        if split_of(scene) == split and not different:
             return scene
 
 

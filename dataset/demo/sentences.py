@@ -90,7 +90,8 @@ class Chinese:
         "shape": ["{place}是什么？", "{place}是什么形状？"],
         "size": [],
     }
-    openings = ["请问，", "请问", "你好，", "请告诉我，"]
+    # of questions and of requests
+    openings = {"？": ["请问，", "请问", "你好，", "请告诉我，"], "。": ["你好，"]}
     answers = {
         "colour": "{subject}是{colour}的。",
         "shape": "{subject}是{shape}。",
@@ -144,7 +145,8 @@ class Chinese:
         if rng.random() < 0.15:
             words = "|".join(self.synonyms)
             question = re.sub(words, lambda match: rng.choice(self.synonyms[match[0]]), question)
-        question = rng.choice(self.openings) + question if question[-1] in "？。" and rng.random() < 0.15 else question
+        if question[-1] in self.openings and rng.random() < 0.15:
+            question = rng.choice(self.openings[question[-1]]) + question
         return question.rstrip("？。") if rng.random() < 0.1 else question
 
 
@@ -210,7 +212,8 @@ class English:
         "shape": ["What is {place}?", "Which shape is {place}?", "What shape is {place}?"],
         "size": [],
     }
-    openings = ["Please tell me: ", "Hello! ", "Tell me: ", "Look: "]
+    # of questions and of requests
+    openings = {"?": ["Please tell me: ", "Hello! ", "Tell me: ", "Look: "], ".": ["Hello! "]}
     answers = {
         "colour": "{subject} is {colour}.",
         "shape": "{subject} is {a_shape}.",
@@ -267,7 +270,8 @@ class English:
 
     def as_typed(self, question, rng):
         """The question as somebody might type it."""
-        question = rng.choice(self.openings) + question if question[-1] in "?." and rng.random() < 0.15 else question
+        if question[-1] in self.openings and rng.random() < 0.15:
+            question = rng.choice(self.openings[question[-1]]) + question
         question = question.replace("colour", "color") if rng.random() < 0.2 else question
         question = question.rstrip("?.") if rng.random() < 0.1 else question
         return question.lower() if rng.random() < 0.1 else question

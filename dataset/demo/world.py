@@ -25,7 +25,7 @@ from model.errors import run_script
 from model.files import in_repository
 
 from .drawing import draw, draw_change, draw_frames
-from .scenes import CHANGES, MOVING_CHANGES, changed_scene, random_scene
+from .scenes import ALIKE, CHANGES, MOVING_CHANGES, changed_scene, random_scene
 from .sentences import LANGUAGES, QUESTIONS, change_in_words, question, questions
 
 FOLDER = Path(in_repository("dataset/demo_world"))
@@ -57,7 +57,7 @@ class World:
         captions = []
         conversations = []
         for i in range(pictures):
-            scene = random_scene(self.rng)
+            scene = random_scene(self.rng, alike=self.rng.choice(ALIKE))
             name = f"train_{i:05d}.jpg"
             self.save([draw(scene, self.rng)], [name])
 
@@ -82,7 +82,7 @@ class World:
         """
         records = []
         for i in range(pictures):
-            scene, nameless = random_scene(self.rng), ("colour", "shape")[i % 2]
+            scene, nameless = random_scene(self.rng, alike=self.rng.choice(ALIKE)), ("colour", "shape")[i % 2]
             name = f"nameless_{i:05d}.jpg"
             self.save([draw([thing._replace(**{nameless: None}) for thing in scene], self.rng)], [name])
             records.append(self.conversation(name, questions(scene, self.rng, turns, nameless)))

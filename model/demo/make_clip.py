@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from dataset.demo import drawing
-from dataset.demo.scenes import PLACES, random_change, random_scene, split_of
+from dataset.demo.scenes import COLOURS, PLACES, SHAPES, SIZES, UNSEEN_PAIRS, random_change, random_scene, split_of
 from dataset.demo.sentences import FIELDS, KEYS, LANGUAGES
 from model.arguments import COUNT, COUNT_OR_NONE, LEARNING_RATE, MINUTES, SEED, THREADS, add_switch
 from model.conversation import encode
@@ -41,6 +41,7 @@ from model.vision_utils import VisionEncoder
 FOLDER = Path(__file__).parent
 WIDTH, LAYERS = 192, 6
 PREPROCESS = Preprocess(drawing.PICTURE)
+NEVER_SHOWN = torch.tensor([[(colour, shape) in UNSEEN_PAIRS for shape in SHAPES] for colour in COLOURS])
 
 
 def new_clip(vocab_size):
@@ -151,6 +152,17 @@ def text_vectors(clip, input_ids):
     return clip.text_projection(clip.text_model(input_ids=input_ids).pooler_output)
 
 
+def told_from(words):
+    """Which of all words (n, words) a thing is told from: all but "star" for green things, as training shows no green star.
+
+    Else the encoder would learn that what is green is no star, and wouldn't see the first green star.
+    """
+    never = F.pad(NEVER_SHOWN.to(words.device), (0, 1, 0, 1))  # for what has no name, too
+    colours, shapes = words.clamp(min=-1)[:, 2:].T
+    others = never.new_zeros(len(words), len(PLACES) + len(SIZES))
+    return ~torch.cat([others, never.T[shapes, :-1], never[colours, :-1]], 1)
+
+
 def reading_loss(read, rows, patches, words):
     """Squared errors of what a linear layer reads from the tokens, (B, 50, words + 1), of things and of other patches.
 
@@ -163,7 +175,7 @@ def reading_loss(read, rows, patches, words):
     of_things = torch.cat([F.one_hot(own.clamp(min=0), n) for own, n in fields], 1)  # (things, words)
     named = torch.cat([(own >= 0)[:, None].expand(-1, n) for own, n in fields], 1)
     wanted[rows, patches] = F.pad(of_things, (0, 1)).float()
-    asked[rows, patches] = F.pad(named, (0, 1), value=True).float()
+    asked[rows, patches] = F.pad(named & told_from(words), (0, 1), value=True).float()
     errors = (asked * (read - wanted).square()).sum(-1)[:, 1:]  # (B, 49), without the class token
     of_a_thing = torch.zeros_like(errors, dtype=torch.bool)
     of_a_thing[rows, patches - 1] = True
@@ -191,12 +203,16 @@ def step_loss(clip, reader, word_ids, pixels, rows, patches, words, captions):
     places = torch.full(tokens.shape[:2], len(PLACES), device=pixels.device)  # "nothing" comes after the places
     places[:, 0] = places[rows, patches] = -100
     named = (words >= 0).sum(dim=0).clamp(min=1)  # things with a word of each sort; a small batch may name no colour
+    counts = [*map(len, FIELDS.values())]
+    told = [*told_from(words).split(counts, dim=1)]
+    told[0] = F.pad(told[0], (0, 1), value=True)  # a place is told from nothing, too
     word_loss = empty_loss = 0.0
     for input_ids in word_ids:
-        *vectors, nothing = F.normalize(text_vectors(clip, input_ids), dim=-1).split([*map(len, FIELDS.values()), 1])
+        *vectors, nothing = F.normalize(text_vectors(clip, input_ids), dim=-1).split([*counts, 1])
         vectors[0] = torch.cat([vectors[0], nothing])
         for field, own in enumerate(vectors):
-            losses = F.cross_entropy(scale * things @ own.T, words[:, field], reduction="sum")
+            logits = (scale * things @ own.T).masked_fill(~told[field], -torch.inf)
+            losses = F.cross_entropy(logits, words[:, field], reduction="sum")
             word_loss = word_loss + losses / named[field]
         logits = scale * tokens @ vectors[0].T  # (B, 50, places + 1)
         empty_loss = empty_loss + F.cross_entropy(logits.flatten(0, 1), places.flatten())

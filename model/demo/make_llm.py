@@ -8,7 +8,7 @@ one to another. After the first tenth of the training, one conversation in four 
 have a picture's placeholder, filled as an ideal encoder would: the words of a thing, added up, are the one vector of its
 patch. So only the encoder's own vectors are new to it when it gets pictures.
 
-In three conversations of four, all colours, all shapes or both have other words, any that the tokenizer has and new ones
+In nine conversations of ten, all colours, all shapes or both have other words, any that the tokenizer has and new ones
 each time ("a big weather star"). With its own 14 words it would learn which colours never come with a shape, and not say
 "the star is green" whatever it sees, as green stars are held out. With any word in their place it has to say what is there.
 
@@ -55,7 +55,7 @@ FILLERS = re.compile(r"的图形|的|是|图中|，图中|了|一个|\b([Tt]here
 SHARES = 0.4, 1.6  # of a word in what is added up
 NOISE = 0.5  # on that, at most: a part of its standard deviation
 GAP_TIME = 0.4  # of the training, until no filler is left out
-COINED = 0.75  # of the conversations have other words for colours and shapes
+COINED = 0.9  # of the conversations have other words for colours and shapes
 
 
 def with_few_fillers(text, rng, chance):
@@ -121,7 +121,7 @@ def about_one_scene(rng, split, turns, progress, in_words, languages):
     """
     easy = rng.random() < 1 - 4 * progress
     counts = (2, 2, 3) if easy else scenes.COUNTS
-    scene = scenes.random_scene(rng, split, counts)
+    scene = scenes.random_scene(rng, split, counts, alike=rng.choice(scenes.ALIKE))
     described = rng.choice(list(languages.values()))
     form = "pairs" if easy else rng.choice(sentences.FORMS)
     if rng.random() < (0.6 if easy else 0.1):  # in the same or the other language
