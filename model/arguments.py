@@ -111,7 +111,11 @@ def add_model_arguments(parser):
         default=default_device(),
         help="cuda, mps or cpu (default: the first that is there)",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 or float16 on a GPU, float32 on a CPU")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="default: bfloat16 or float16 on a GPU, float32 on a CPU, where the demo trains in bfloat16 if it can",
+    )
 
 
 def add_path_arguments(parser):

@@ -18,7 +18,7 @@ DEMO_MODEL = {
     "images_path": in_repository("dataset/demo_world/images"),
 }
 DEMO_LLM = in_repository("model/demo/192_llm.pth")
-# its defaults for training alone; CPUs that multiply bfloat16 train nearly twice as fast in it
+# its defaults for training alone; x86 CPUs that multiply bfloat16 train 1.3 to 1.8 times as fast in it
 CPU = getattr(torch.cpu, "get_capabilities", dict)()  # older PyTorch can't tell
 DEMO_TRAINING = {"cache_features": True, "warmup_iters": 20}
 if not torch.cuda.is_available() and (CPU.get("avx512_bf16") or CPU.get("amx_bf16")):

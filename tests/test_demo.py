@@ -10,10 +10,20 @@ import torch
 from helpers import ROOT, run_python
 
 from dataset.demo import drawing, sentences, world
-from dataset.demo.scenes import CHANGES, MOVING_CHANGES, UNSEEN_PAIRS, Thing, changed_scene, random_scene, split_of
+from dataset.demo.scenes import (
+    CHANGES,
+    COLOURS,
+    MOVING_CHANGES,
+    SHAPES,
+    UNSEEN_PAIRS,
+    Thing,
+    changed_scene,
+    random_scene,
+    split_of,
+)
 from dataset.demo.sentences import LANGUAGES, QUESTIONS
 from model.checkpoint import read_weights
-from model.demo.make_clip import probe, reading_loss
+from model.demo.make_clip import contrasted, probe, reading_loss
 from model.demo.make_llm import as_picture, coined, score, text_model
 from model.errors import BadInput
 from model.vision_utils import load_vision
@@ -32,6 +42,10 @@ def test_splits_share_no_scene():
         assert {split_of(scene) for scene in scenes} == {split}
         pairs = {(thing.colour, thing.shape) for scene in scenes for thing in scene}
         assert bool(pairs & UNSEEN_PAIRS) == (split == "unseen")
+    for alike in ("colour", "shape"):
+        scenes = [random_scene(rng, alike=alike) for _ in range(300)]
+        assert all(len({getattr(thing, alike) for thing in scene}) < len(scene) or len(scene) == 1 for scene in scenes)
+        assert {len(scene) for scene in scenes} == {1, 2, 3, 4}
     kinds = set()
     for _ in range(300):
         scene, change = changed_scene(rng)
@@ -239,6 +253,18 @@ def test_coined_words_stand_on_patches_and_in_what_is_said(tokenizer):
             assert f"{size}{colour}{shape} " in english and place in english
             assert f"{zh_place}有一个{zh_colour}的{zh_size}{zh_shape}" in chinese
     assert replaced == {(8, 8), (6, 6), (14, 14)}
+
+
+def test_words_that_are_never_shown_together_are_not_contrasted():
+    """Of all colours and shapes, and of those without a name, -100."""
+    looks = [(colour, shape) for colour in (-100, *range(8)) for shape in (-100, *range(6))]
+    others = contrasted(torch.tensor([[4, 0, *look] for look in looks]))
+    assert others.shape == (63, 25) and others[:, :11].all()  # places and sizes
+    for (colour, shape), own in zip(looks, others.tolist(), strict=True):
+        for number, word in enumerate(COLOURS):
+            assert own[11 + number] == (shape < 0 or (word, SHAPES[shape]) not in UNSEEN_PAIRS)
+        for number, word in enumerate(SHAPES):
+            assert own[19 + number] == (colour < 0 or (COLOURS[colour], word) not in UNSEEN_PAIRS)
 
 
 def test_reading_loss_asks_for_the_words_that_things_have():

@@ -15,7 +15,7 @@ COLOURS = ["red", "orange", "yellow", "green", "cyan", "blue", "purple", "black"
 SHAPES = ["circle", "square", "triangle", "star", "cross", "ring"]
 UNSEEN_PAIRS = {(colour, SHAPES[i % len(SHAPES)]) for i, colour in enumerate(COLOURS)}
 COUNTS = (1, 2, 2, 3, 3, 4)  # things in a scene, each number as often as it is here
-# what two things of a training scene have in common: by chance few have anything, too few to learn to count them
+# half of the training scenes are drawn until two of their things have the same colour, or shape: more to count
 ALIKE = (None, None, "colour", "shape")
 
 

@@ -174,13 +174,17 @@ def build(folder, pictures=6000, pairs=3000, animations=1500, held_out=200, turn
 
 
 def version():
-    """A digest of the code that draws the world and asks about it."""
+    """A digest of the code in this folder, which draws the world and asks about it."""
     sources = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
+    text = "".join(source.read_text(encoding="utf-8") for source in sources)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def build_if_asked_for(files):
-    """Draws the demo's world if one of `files` belongs to it and no complete world, of whatever size, is there."""
+    """Draws the demo's world if one of `files` belongs to it and no complete world, of whatever size, is there.
+
+    Says so if another version of the code drew the one that is there.
+    """
     if not any(Path(file).resolve().parent == FOLDER.resolve() for file in files):
         return
     done = FOLDER / "world.json"
@@ -188,7 +192,9 @@ def build_if_asked_for(files):
         build(FOLDER)
     elif version() not in done.read_text():
         print(
-            f"{FOLDER} was drawn by another version of dataset/demo: delete it and it is drawn again", file=sys.stderr
+            f"{FOLDER} was drawn by another version of dataset/demo, so results may differ: "
+            "python -m dataset.demo.world draws it again",
+            file=sys.stderr,
         )
 
 

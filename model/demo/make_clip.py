@@ -7,7 +7,7 @@ Four losses, the first three of them contrasts of pictures and texts, in Chinese
 - whole pictures against whole captions, CLIP's own loss. A batch holds variants of the same scene that differ in one word:
   in plain random batches, colour and place alone would tell the scenes apart;
 - things against words: the token of the patch in a thing's middle must find each of its four words ("左上角", "大", "红色",
-  "圆形") among all words of that sort. The first loss reaches only the class token; without the second, the last layer's
+  "圆形") among the words of that sort (but see `contrasted`). The first loss reaches only the class token; without the second, the last layer's
   patch tokens, which MiniMind-V reads, would forget what they show (the idea is RegionCLIP's, Zhong et al. 2022). Words
   rather than phrases, so that a colour and a shape never seen together are still recognised;
 - all other patches against places: they must find "空" rather than a place. So each thing is told by one token, which makes
@@ -152,12 +152,14 @@ def text_vectors(clip, input_ids):
     return clip.text_projection(clip.text_model(input_ids=input_ids).pooler_output)
 
 
-def told_from(words):
-    """Which of all words (n, words) a thing is told from: all but "star" for green things, as training shows no green star.
+def contrasted(words):
+    """Which of all words things' own are contrasted with, (n, 25): all, but for those that training never shows with them.
 
-    Else the encoder would learn that what is green is no star, and wouldn't see the first green star.
+    As there is no green star, green things are not contrasted with "star", nor stars with "green". Else the encoder would
+    learn that what is green is no star, and wouldn't see the first green star. words: (n, 4), as `drawn` makes them.
     """
-    never = F.pad(NEVER_SHOWN.to(words.device), (0, 1, 0, 1))  # for what has no name, too
+    # -100, for what has no name, becomes -1: the row added here, where nothing is left out
+    never = F.pad(NEVER_SHOWN.to(words.device), (0, 1, 0, 1))
     colours, shapes = words.clamp(min=-1)[:, 2:].T
     others = never.new_zeros(len(words), len(PLACES) + len(SIZES))
     return ~torch.cat([others, never.T[shapes, :-1], never[colours, :-1]], 1)
@@ -166,8 +168,8 @@ def told_from(words):
 def reading_loss(read, rows, patches, words):
     """Squared errors of what a linear layer reads from the tokens, (B, 50, words + 1), of things and of other patches.
 
-    It should read 1 for each word of a thing and 0 for all others; where no thing has its middle, the last, "nothing". What
-    has no name isn't asked for.
+    It should read 1 for each word of a thing and 0 for the others that it is contrasted with; where no thing has its middle,
+    the last, "nothing". What has no name isn't asked for.
     """
     fields = list(zip(words.T, map(len, FIELDS.values()), strict=True))
     wanted, asked = torch.zeros_like(read), torch.ones_like(read)
@@ -175,7 +177,7 @@ def reading_loss(read, rows, patches, words):
     of_things = torch.cat([F.one_hot(own.clamp(min=0), n) for own, n in fields], 1)  # (things, words)
     named = torch.cat([(own >= 0)[:, None].expand(-1, n) for own, n in fields], 1)
     wanted[rows, patches] = F.pad(of_things, (0, 1)).float()
-    asked[rows, patches] = F.pad(named & told_from(words), (0, 1), value=True).float()
+    asked[rows, patches] = F.pad(named & contrasted(words), (0, 1), value=True).float()
     errors = (asked * (read - wanted).square()).sum(-1)[:, 1:]  # (B, 49), without the class token
     of_a_thing = torch.zeros_like(errors, dtype=torch.bool)
     of_a_thing[rows, patches - 1] = True
@@ -204,14 +206,14 @@ def step_loss(clip, reader, word_ids, pixels, rows, patches, words, captions):
     places[:, 0] = places[rows, patches] = -100
     named = (words >= 0).sum(dim=0).clamp(min=1)  # things with a word of each sort; a small batch may name no colour
     counts = [*map(len, FIELDS.values())]
-    told = [*told_from(words).split(counts, dim=1)]
-    told[0] = F.pad(told[0], (0, 1), value=True)  # a place is told from nothing, too
+    others = [*contrasted(words).split(counts, dim=1)]
+    others[0] = F.pad(others[0], (0, 1), value=True)  # places are contrasted with nothing, too
     word_loss = empty_loss = 0.0
     for input_ids in word_ids:
         *vectors, nothing = F.normalize(text_vectors(clip, input_ids), dim=-1).split([*counts, 1])
         vectors[0] = torch.cat([vectors[0], nothing])
         for field, own in enumerate(vectors):
-            logits = (scale * things @ own.T).masked_fill(~told[field], -torch.inf)
+            logits = (scale * things @ own.T).masked_fill(~others[field], -torch.inf)
             losses = F.cross_entropy(logits, words[:, field], reduction="sum")
             word_loss = word_loss + losses / named[field]
         logits = scale * tokens @ vectors[0].T  # (B, 50, places + 1)
