@@ -282,6 +282,7 @@ def test_every_command_runs_in_order(clone, server):
     ready = "ready: python 3-eval_chat.py"
     for flags in ("--tokenizer_path MiniMind2-Small", "--dim 768 --tokenizer_path minimind-3"):
         assert f"{ready} {flags}" in printed["python -m model.doctor"]
+    assert f"{ready} --tokenizer_path MiniMind2-Small" in printed["python -m model.doctor --parts minimind2"]
     assert ready in printed["python -m model.doctor --parts v1"]
     for made in (
         "curves.png",
